@@ -1,0 +1,1 @@
+"""Stream video from a compiled causal denoiser."""

@@ -1,0 +1,171 @@
+"""The tiny world: a coloured handwritten digit drifting over a canvas that wraps around, and its prompts.
+
+The digits are the 1,797 real ones bundled with scikit-learn (UCI optical recognition of handwritten
+digits), smoothly enlarged. Motion is one pixel a frame along each named axis and the canvas is a torus, so
+a prompt stays true for as long as a video lasts, and every stretch of it looks like its beginning.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from asd_rt.errors import ConfigError
+
+CANVAS = 32
+GLYPH = 20
+FPS = 16
+TEST_EVERY = 6  # every sixth glyph is held out of all training
+
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+COLOURS = {
+    "red": (1.00, 0.26, 0.24),
+    "yellow": (1.00, 0.83, 0.20),
+    "green": (0.26, 0.85, 0.38),
+    "cyan": (0.20, 0.82, 0.94),
+    "blue": (0.33, 0.42, 1.00),
+    "pink": (1.00, 0.45, 0.78),
+    "white": (0.96, 0.96, 0.96),
+}
+BACKGROUND = (0.055, 0.063, 0.110)
+DIRECTIONS = {
+    "up": (-1, 0),
+    "up and right": (-1, 1),
+    "right": (0, 1),
+    "down and right": (1, 1),
+    "down": (1, 0),
+    "down and left": (1, -1),
+    "left": (0, -1),
+    "up and left": (-1, -1),
+}
+FILLERS = ("a", "an", "the", "digit", "number", "moving", "going", "and", "to", "towards")
+WORDS = (*DIGITS, *COLOURS, "up", "down", "left", "right")
+
+
+def vocabulary() -> dict[str, int]:
+    """Word -> token id; 0 pads and is also the id of filler words, which say nothing."""
+    words = {word: i + 1 for i, word in enumerate(WORDS)}
+    numerals = {str(i): words[name] for i, name in enumerate(DIGITS)}
+    return words | numerals | dict.fromkeys(FILLERS, 0)
+
+
+def prompt_text(digit: int, colour: int, direction: int) -> str:
+    """The English prompt of a clip: "a red three moving up and left"."""
+    colour_name, direction_name = list(COLOURS)[colour], list(DIRECTIONS)[direction]
+    return f"a {colour_name} {DIGITS[digit]} moving {direction_name}"
+
+
+@dataclass(frozen=True)
+class Clips:
+    """A batch of labelled clips.
+
+    Attributes:
+        frames: float32 [B, F, 3, 32, 32] in 0..1.
+        digit, colour, direction: int64 [B].
+    """
+
+    frames: Tensor
+    digit: Tensor
+    colour: Tensor
+    direction: Tensor
+
+    def prompts(self) -> list[str]:
+        labels = torch.stack([self.digit, self.colour, self.direction], dim=1).tolist()
+        return [prompt_text(*row) for row in labels]
+
+
+def load_glyphs() -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """All digit images, enlarged to float32 [1797, 20, 20] in 0..1, and their classes."""
+    from scipy.ndimage import zoom
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images = np.pad(digits.images / 16.0, ((0, 0), (1, 1), (1, 1)))
+    large = zoom(images, (1, GLYPH / 10, GLYPH / 10), order=3, mode="grid-constant", grid_mode=True)
+    x = np.clip((large - 0.12) / 0.7, 0.0, 1.0)
+    return (x * x * (3 - 2 * x)).astype(np.float32), digits.target.astype(np.int64)
+
+
+class TinyWorld:
+    """Draws clips. `split` is "train" or "test": the two share no glyph."""
+
+    def __init__(self, split: str = "train") -> None:
+        if split not in ("train", "test"):
+            raise ConfigError(f"tiny world: split must be train or test, found {split!r}")
+        glyphs, classes = load_glyphs()
+        held_out = np.arange(len(glyphs)) % TEST_EVERY == 0
+        keep = held_out if split == "test" else ~held_out
+        canvas = np.zeros((int(keep.sum()), CANVAS, CANVAS), dtype=np.float32)
+        canvas[:, :GLYPH, :GLYPH] = glyphs[keep]
+        self.glyphs = torch.from_numpy(canvas)
+        self.classes = torch.from_numpy(classes[keep])
+        self.colours = torch.tensor(list(COLOURS.values()))
+        self.velocities = torch.tensor(list(DIRECTIONS.values()))
+        self.background = torch.tensor(BACKGROUND)
+
+    def draw(
+        self, count: int, frames: int, generator: torch.Generator, labels: Tensor | None = None
+    ) -> Clips:
+        """`count` random clips, or clips of given `labels` int64 [count, 3] (digit, colour, direction)."""
+
+        def randint(high: int, size: int = count) -> Tensor:
+            return torch.randint(high, (size,), generator=generator)
+
+        if labels is None:
+            glyph = randint(len(self.glyphs))
+            colour, direction = randint(len(COLOURS)), randint(len(DIRECTIONS))
+        else:
+            by_class = [torch.nonzero(self.classes == c).flatten() for c in range(len(DIGITS))]
+            pick = torch.rand(count, generator=generator)
+            glyph = torch.stack(
+                [by_class[c][int(p * len(by_class[c]))] for c, p in zip(labels[:, 0], pick, strict=True)]
+            )
+            colour, direction = labels[:, 1], labels[:, 2]
+        start = torch.stack([randint(CANVAS), randint(CANVAS)], dim=1)
+        place = start[:, None] + torch.arange(frames)[:, None] * self.velocities[direction][:, None]
+        axis = torch.arange(CANVAS)
+        rows = (axis - place[..., :1]) % CANVAS  # [B, F, 32]
+        columns = (axis - place[..., 1:]) % CANVAS
+        mask = self.glyphs[glyph][:, None].expand(-1, frames, -1, -1)
+        mask = mask.gather(2, rows[..., :, None].expand(-1, -1, -1, CANVAS))
+        mask = mask.gather(3, columns[..., None, :].expand(-1, -1, CANVAS, -1))
+        ground = self.background.view(1, 1, 3, 1, 1)
+        paint = self.colours[colour].view(-1, 1, 3, 1, 1)
+        return Clips(ground + mask[:, :, None] * (paint - ground), self.classes[glyph], colour, direction)
+
+
+def random_labels(count: int, generator: torch.Generator) -> Tensor:
+    """int64 [count, 3]: digit, colour, direction, each uniform."""
+    sizes = (len(DIGITS), len(COLOURS), len(DIRECTIONS))
+    return torch.stack([torch.randint(n, (count,), generator=generator) for n in sizes], dim=1)
+
+
+def label_tokens(labels: Tensor, text_len: int, keep: Tensor | None = None) -> Tensor:
+    """Token ids of the prompts of `labels`, as the runtime's tokenizer gives them for `prompt_text`.
+
+    Args:
+        labels: int64 [B, 3]: digit, colour, direction.
+        text_len: columns of the result.
+        keep: bool [B, 3]; attributes that the prompt names. None = all.
+
+    Returns:
+        int64 [B, text_len], zero-padded.
+    """
+    words = vocabulary()
+    colours = torch.tensor([words[name] for name in COLOURS])
+    digits = torch.tensor([words[name] for name in DIGITS])
+    pairs = [[words[w] for w in name.split() if w != "and"] for name in DIRECTIONS]
+    directions = torch.tensor([(pair + [0])[:2] for pair in pairs])
+    tokens = torch.zeros(len(labels), text_len, dtype=torch.long)
+    tokens[:, 0] = colours[labels[:, 1]]
+    tokens[:, 1] = digits[labels[:, 0]]
+    tokens[:, 2:4] = directions[labels[:, 2]]
+    if keep is not None:
+        tokens[:, 0] *= keep[:, 1]
+        tokens[:, 1] *= keep[:, 0]
+        tokens[:, 2:4] *= keep[:, 2:]
+    return tokens
