@@ -1,0 +1,107 @@
+"""Where keys and values lie in the static KV cache: slots, window and sinks, counted in latent frames.
+
+The buffers of a layer hold `capacity_frames` frames, token-major. A pass reads the first `past_frames`
+of them and writes its own block's keys and values right behind: growing costs no copy at all. Attention does
+not care for the order of keys (each carries its position from RoPE), so a full window is not rolled: the
+newest block's frames move into the slots of the frames that leave, at most one block's worth of bytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from asd_rt.config import CacheConfig
+from asd_rt.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Move:
+    """Copy `frames` frames of every layer's keys and values from slot `source` to slot `target`."""
+
+    source: int
+    target: int
+    frames: int
+
+
+class FrameSlots:
+    """Bookkeeping of one video's cache. Per block: `begin_block`, passes, `commit`.
+
+    Attributes:
+        capacity_frames: slots of a buffer.
+        past_frames: valid prefix that the current block attends to besides itself.
+    """
+
+    __slots__ = ("block_frames", "capacity_frames", "committed_frames", "past_frames", "sink_frames", "_held", "_windowed")
+
+    def __init__(self, cache: CacheConfig, total_frames: int) -> None:
+        """A cache for a video of `total_frames` latent frames (rounded up to whole blocks).
+
+        Raises:
+            ConfigError: the video is longer than a cache without a window can hold.
+        """
+        blocks = -(-total_frames // cache.block_frames)
+        needed = blocks * cache.block_frames
+        self._windowed = bool(cache.window_frames)
+        if not self._windowed and cache.max_frames and needed > cache.max_frames:
+            raise ConfigError(
+                f"{needed} frames asked for, but this engine's cache holds {cache.max_frames} and has no window; "
+                f"ask for at most {cache.max_frames - cache.max_frames % cache.block_frames} frames, or build it "
+                f"again with --max-frames {needed} or with --window-frames"
+            )
+        self.block_frames = cache.block_frames
+        self.sink_frames = cache.sink_frames
+        self.capacity_frames = cache.window_frames if self._windowed else needed
+        self.committed_frames = 0
+        self.past_frames = 0
+        self._held: list[int] = []  # absolute frame in each slot
+
+    def begin_block(self) -> list[Move]:
+        """Make room for the next block; returns the copies to do before its first pass."""
+        keep = self.capacity_frames - self.block_frames
+        excess = len(self._held) - keep
+        if excess <= 0:
+            self.past_frames = len(self._held)
+            return []
+        if not self._windowed:
+            raise ConfigError(
+                f"the cache is full at {self.committed_frames} frames; ask for fewer frames, or build the engine "
+                "with --window-frames"
+            )
+        leaving = sorted(frame for frame in self._held if frame >= self.sink_frames)[:excess]
+        gone = set(leaving)
+        free = [slot for slot in range(keep) if self._held[slot] in gone]
+        moving = [slot for slot in range(keep, len(self._held)) if self._held[slot] not in gone]
+        for source, target in zip(moving, free, strict=True):
+            self._held[target] = self._held[source]
+        del self._held[keep:]
+        self.past_frames = keep
+        return _merge(list(zip(moving, free, strict=True)))
+
+    def block_range(self) -> range:
+        """Absolute frame indices of the current block."""
+        return range(self.committed_frames, self.committed_frames + self.block_frames)
+
+    def commit(self) -> None:
+        """The current block's cache pass is done: its frames count as past from now on."""
+        self._held.extend(self.block_range())
+        self.committed_frames += self.block_frames
+
+    def slots_in_order(self) -> list[int]:
+        """Slots of all held frames, oldest frame first."""
+        return sorted(range(len(self._held)), key=self._held.__getitem__)
+
+    def frames_in_order(self) -> list[int]:
+        """Absolute indices of all held frames, oldest first."""
+        return sorted(self._held)
+
+
+def _merge(pairs: list[tuple[int, int]]) -> list[Move]:
+    """Join neighbouring one-frame copies into longer ones."""
+    moves: list[Move] = []
+    for source, target in pairs:
+        last = moves[-1] if moves else None
+        if last and source == last.source + last.frames and target == last.target + last.frames:
+            moves[-1] = Move(last.source, last.target, last.frames + 1)
+        else:
+            moves.append(Move(source, target, 1))
+    return moves

@@ -1,0 +1,58 @@
+"""Plans: how many denoising steps each block gets. First-Frame Enhancement gives the first block more."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from asd_rt.errors import ConfigError
+from asd_rt.schedule import MAX_STEPS, check_steps
+
+
+@dataclass(frozen=True)
+class FixedPlan:
+    """`steps` for every block but the first, which gets `first_steps` (FFE).
+
+    Source: ASD paper, section on First-Frame Enhancement: errors of the first block spread.
+    """
+
+    steps: int = 1
+    first_steps: int = MAX_STEPS
+
+    def __post_init__(self) -> None:
+        check_steps(self.steps, "steps")
+        check_steps(self.first_steps, "first-steps")
+
+    def steps_of(self, block: int) -> int:
+        """Denoising steps of generated block `block` (0 = the first one generated)."""
+        return self.first_steps if block == 0 else self.steps
+
+
+@dataclass(frozen=True)
+class ListedPlan:
+    """Steps block by block; the last number serves all further blocks."""
+
+    steps_per_block: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not self.steps_per_block:
+            raise ConfigError("steps-per-block must name at least one number of steps")
+        for steps in self.steps_per_block:
+            check_steps(steps, "steps-per-block")
+
+    def steps_of(self, block: int) -> int:
+        """Denoising steps of generated block `block`."""
+        return self.steps_per_block[min(block, len(self.steps_per_block) - 1)]
+
+
+Plan = FixedPlan | ListedPlan
+
+
+def count_blocks(frames: int, block_frames: int) -> int:
+    """Blocks needed for at least `frames` latent frames.
+
+    Raises:
+        ConfigError: `frames` is not a whole number >= 1.
+    """
+    if not isinstance(frames, int) or isinstance(frames, bool) or frames < 1:
+        raise ConfigError(f"frames must be a whole number >= 1, found {frames!r}")
+    return -(-frames // block_frames)
