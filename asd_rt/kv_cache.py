@@ -105,3 +105,14 @@ def _merge(pairs: list[tuple[int, int]]) -> list[Move]:
         else:
             moves.append(Move(source, target, 1))
     return moves
+
+
+def attended_frames(cache: CacheConfig, start: int) -> list[int]:
+    """Past frames that the block starting at frame `start` attends to besides itself, oldest first.
+
+    The sinks and the newest frames that fit into the window. `FrameSlots` keeps exactly these.
+    """
+    keep = cache.window_frames - cache.block_frames
+    if not cache.window_frames or start <= keep:
+        return list(range(start))
+    return [*range(cache.sink_frames), *range(start - (keep - cache.sink_frames), start)]

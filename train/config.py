@@ -64,6 +64,7 @@ class DistillConfig:
     guidance: float
     step_weights: tuple[float, ...]
     first_steps_share: float
+    long_share: float
     asd_ratio: float
     asd_warmup: int
     r1_weight: float

@@ -30,3 +30,44 @@ def flow_to_x0(flow: Tensor, x_t: Tensor, sigma: Tensor) -> Tensor:
 def flow_matching_loss(flow: Tensor, x0: Tensor, noise: Tensor) -> Tensor:
     """mean (flow - (noise - x0))^2 in float32; gradient into `flow` alone. Source: Wan2.1, Self-Forcing critic."""
     return F.mse_loss(flow.float(), (noise - x0).detach().float())
+
+
+def guided_x0(cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
+    """Classifier-free guidance: uncond + scale * (cond - uncond)."""
+    return uncond + scale * (cond - uncond)
+
+
+def dmd_gradient(x: Tensor, x0_fake: Tensor, x0_real: Tensor) -> Tensor:
+    """(x0_fake - x0_real) / mean |x - x0_real|, the mean over each clip. No gradients. Source: DMD2, Self-Forcing.
+
+    Args:
+        x: the student's clip, [B, F, C, h, w].
+        x0_fake: the critic's prediction from noised x.
+        x0_real: the teacher's guided prediction from the same.
+    """
+    x, x0_fake, x0_real = x.detach().float(), x0_fake.detach().float(), x0_real.detach().float()
+    scale = (x - x0_real).abs().mean(dim=tuple(range(1, x.ndim)), keepdim=True)
+    return (x0_fake - x0_real) / scale.clamp_min(1e-6)
+
+
+def dmd_loss(x: Tensor, gradient: Tensor) -> Tensor:
+    """0.5 * mean (x - stopgrad(x - gradient))^2: its gradient in x is `gradient` / numel. Source: DMD2."""
+    return 0.5 * F.mse_loss(x.float(), (x.float() - gradient).detach())
+
+
+def asd_generator_loss(fake: Tensor, real: Tensor) -> Tensor:
+    """mean softplus(real - fake): pulls n-step logits [B] above (n+1)-step ones; gradient through `fake` alone.
+
+    Source: relativistic GAN (R3GAN form), ASD paper.
+    """
+    return F.softplus(real.detach().float() - fake.float()).mean()
+
+
+def asd_discriminator_loss(fake: Tensor, real: Tensor) -> Tensor:
+    """mean softplus(fake - real): the discriminator's side of `asd_generator_loss`; logits [B]."""
+    return F.softplus(fake.float() - real.float()).mean()
+
+
+def finite_difference_penalty(logits: Tensor, perturbed: Tensor) -> Tensor:
+    """mean (D(x + eps) - D(x))^2: approximate R1 (on real) or R2 (on fake). Source: APT (Seaweed)."""
+    return F.mse_loss(perturbed.float(), logits.float())

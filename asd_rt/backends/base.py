@@ -1,0 +1,117 @@
+"""What every inference backend offers. The frame loop and the session know nothing else of an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from asd_rt.errors import BackendError
+from asd_rt.kv_cache import Move
+from asd_rt.manifest import Manifest, read_manifest, verify
+
+FloatArray = NDArray[np.float32]
+
+
+class Denoiser(Protocol):
+    """One causal pass with a static KV cache that the denoiser owns.
+
+    Order of calls: `prepare`, `set_prompt`, then per block `move` and any number of `denoise`. A pass
+    attends to the first `past_frames` slots and to itself, and writes its keys and values into the slots
+    right behind them; the next pass of the same block overwrites them.
+    """
+
+    def prepare(self, batch: int, latent_hw: tuple[int, int], capacity_frames: int) -> None:
+        """Allocate the KV cache (or reuse one of the same size) and forget prompt and past.
+
+        Args:
+            batch: videos generated together.
+            latent_hw: latent (rows, columns), both even.
+            capacity_frames: slots of every cache buffer, the current block's included.
+
+        Raises:
+            BackendError: the engine is fixed to other sizes, or memory does not suffice.
+        """
+
+    def set_prompt(self, context: FloatArray) -> None:
+        """Compute the cross-attention keys and values of `context` [B, text_len, text_dim]."""
+
+    def denoise(
+        self, latents: FloatArray, timestep: float, frames: range, past_frames: int
+    ) -> FloatArray:
+        """Run one pass.
+
+        Args:
+            latents: float32 [B, F, C, h, w].
+            timestep: 0..1000, the same for all frames of the pass.
+            frames: absolute indices of the F frames.
+            past_frames: valid slots before this block.
+
+        Returns:
+            flow, float32 [B, F, C, h, w]; valid until the next pass.
+        """
+
+    def move(self, moves: Sequence[Move]) -> None:
+        """Copy frames between slots in every layer's keys and values."""
+
+    def read_cache(self, layer: int, slots: Sequence[int]) -> tuple[FloatArray, FloatArray]:
+        """Copies of the keys and values in `slots` (in that order), each float32 [B, tokens, H, D]."""
+
+
+class Engine(Protocol):
+    """An opened engine: the denoiser, the parts around it, and what they run on."""
+
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def manifest(self) -> Manifest: ...
+
+    @property
+    def denoiser(self) -> Denoiser: ...
+
+    @property
+    def device(self) -> str:
+        """What it runs on, for reports ("CPUExecutionProvider, 2 threads")."""
+
+    def encode_prompt(self, tokens: NDArray[np.int64]) -> FloatArray:
+        """Token ids [B, text_len] -> context [B, text_len, text_dim]."""
+
+    def decode(self, latents: FloatArray) -> FloatArray:
+        """Latents [B, F, C, h, w] -> frames [B, F, 3, rows, columns] in -1..1, float32."""
+
+    def encode(self, frames: FloatArray) -> FloatArray:
+        """Frames [B, F, 3, rows, columns] in -1..1 -> latents [B, F, C, h, w], float32."""
+
+    def close(self) -> None:
+        """Release everything; an engine is of no use afterwards. May be called twice."""
+
+
+def open_backend(path: str | Path, threads: int | None = None) -> Engine:
+    """Open an engine with the backend that its manifest names, after checking every file's hash.
+
+    Args:
+        path: the engine file; its manifest lies beside it.
+        threads: of a CPU backend; None = the usable cores.
+
+    Raises:
+        EngineError: engine or manifest is absent or damaged.
+        BackendError: the backend is not installed or cannot run here.
+    """
+    engine = Path(path)
+    manifest = read_manifest(engine)
+    verify(engine, manifest)
+    if manifest.backend == "onnx":
+        from asd_rt.backends import ort
+
+        return ort.open_engine(engine, manifest, threads)
+    if threads is not None:
+        raise BackendError(
+            f"{engine}: threads are those of a CPU, but this engine runs on a GPU; leave --threads out"
+        )
+    from asd_rt.backends import tensorrt
+
+    return tensorrt.open_engine(engine, manifest)

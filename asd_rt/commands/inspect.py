@@ -1,0 +1,134 @@
+"""`asd-rt inspect`: what an engine is, without opening it."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from asd_rt.arguments import default_frames
+from asd_rt.bench import cache_bytes
+from asd_rt.commands.common import Outcome, add_json, size_text, table
+from asd_rt.errors import EngineError
+from asd_rt.manifest import Manifest, check_part, read_manifest
+
+HELP = "show what an engine is and check its files"
+EXAMPLES = """examples:
+  asd-rt inspect engines/asd_fp32.onnx
+  asd-rt inspect engines/asd_fp16.plan --json | jq .manifest.parity
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of `inspect`."""
+    parser.add_argument("engine", metavar="PATH", help="engine file; its manifest lies beside it")
+    add_json(parser)
+
+
+def execute(args: argparse.Namespace) -> Outcome:
+    """Read the manifest and check every file against it; exit code 1 when one does not match.
+
+    Raises:
+        EngineError: no such engine, or no readable manifest.
+    """
+    path = Path(args.engine)
+    manifest = read_manifest(path)
+    problems = {name: _problem(path, manifest, name) for name in manifest.parts}
+    frames = default_frames(manifest)
+    damaged = [line for line in problems.values() if line]
+    document = {
+        "engine": str(path),
+        "manifest": manifest.to_json(),
+        "files_ok": not damaged,
+        "problems": {name: line for name, line in problems.items() if line},
+        "bytes": sum(part.bytes for part in manifest.parts.values()),
+        "cache": {
+            "frames": frames,
+            "tokens_per_frame": _tokens_per_frame(manifest),
+            "bytes": cache_bytes(manifest, frames),
+        },
+    }
+    return Outcome(document, _text(document, manifest, problems), code=1 if damaged else 0)
+
+
+def _problem(path: Path, manifest: Manifest, part: str) -> str | None:
+    """What is wrong with the file of `part`, None when nothing is."""
+    try:
+        check_part(path, manifest, part)
+    except EngineError as error:
+        return str(error)
+    return None
+
+
+def _tokens_per_frame(manifest: Manifest) -> int | None:
+    hw = manifest.latent_hw
+    return None if hw is None else hw[0] * hw[1] // 4
+
+
+def _text(document: dict[str, Any], manifest: Manifest, problems: dict[str, str | None]) -> str:
+    model, cache, plan = manifest.model, manifest.cache, manifest.default_plan
+    hw, figures = manifest.latent_hw, document["cache"]
+    window = (
+        f"window {cache.window_frames}, sink {cache.sink_frames}"
+        if cache.window_frames
+        else "no window"
+    )
+    held = (
+        f", at most {cache.max_frames} frames"
+        if cache.max_frames and not cache.window_frames
+        else ""
+    )
+    memory = (
+        ""
+        if figures["bytes"] is None
+        else f", {size_text(figures['bytes'])} for {figures['frames']} frames"
+    )
+    size = (
+        "any size"
+        if hw is None
+        else f"{hw[0]}x{hw[1]} ({figures['tokens_per_frame']} tokens a frame)"
+    )
+    rows = [
+        ("engine", f"{document['engine']} ({size_text(document['bytes'])})"),
+        ("backend", " ".join([manifest.backend, manifest.precision, *manifest.gpus])),
+        (
+            "model",
+            f"dim {model.dim}, {model.num_layers} layers, {model.num_heads} heads, ffn {model.ffn_dim}",
+        ),
+        ("latents", f"{model.in_dim} channels, {size}"),
+        ("KV cache", f"blocks of {cache.block_frames} frames, {window}{held}{memory}"),
+        (
+            "plan",
+            f"{plan['first_steps']} steps, then {plan['steps']}; shift {manifest.timestep_shift:g}",
+        ),
+        ("video", f"{manifest.fps} frames a second, shown {manifest.display_scale} times as large"),
+        ("prompts", _prompts(manifest)),
+        ("checkpoint", " ".join(str(value) for value in manifest.checkpoint.values())),
+        ("tools", ", ".join(f"{name} {version}" for name, version in manifest.tools.items())),
+        ("parity", ", ".join(_flatten(manifest.parity)) or "not measured"),
+    ]
+    for name, part in manifest.parts.items():
+        state = problems[name] or f"ok, {size_text(part.bytes)}, sha256 {part.sha256[:16]}..."
+        rows.append((f"part {name}", f"{part.file}: {state}" if not problems[name] else state))
+    return table(rows)
+
+
+def _prompts(manifest: Manifest) -> str:
+    if manifest.tokenizer is None:
+        return "none: takes embeddings (asd-rt replay)"
+    return f"{len(manifest.tokenizer['words'])} words, at most {manifest.model.text_len} that count"
+
+
+def _flatten(figures: dict[str, Any], prefix: str = "") -> list[str]:
+    """Nested figures as "name value"."""
+    lines = []
+    for name, value in figures.items():
+        if isinstance(value, dict):
+            lines += _flatten(value, f"{prefix}{name}.")
+        else:
+            lines.append(
+                f"{prefix}{name} {value:.3g}"
+                if isinstance(value, float)
+                else f"{prefix}{name} {value}"
+            )
+    return lines

@@ -1,0 +1,52 @@
+"""Writing result files: find out early whether it can be done, then whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from asd_rt.errors import OutputError
+
+
+def check_writable(path: str | Path, flag: str) -> None:
+    """Check before any work that a file can be written to `path`; `flag` names it in the error.
+
+    Raises:
+        OutputError: its folder is absent, read-only or full, or `path` is a folder.
+    """
+    target = Path(path)
+    if target.is_dir():
+        raise OutputError(f"{flag} {path}: is a folder; name a file in it")
+    parent = target.parent
+    if not parent.is_dir():
+        raise OutputError(
+            f"{flag} {path}: folder {parent} does not exist; make it: mkdir -p {parent}"
+        )
+    try:
+        with tempfile.TemporaryFile(dir=parent) as probe:
+            probe.write(bytes(4096))
+    except OSError as error:
+        raise OutputError(
+            f"{flag} {path}: folder {parent} cannot be written ({error.strerror}); choose another place"
+        ) from error
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A temporary name beside `path` to write to; it becomes `path` when the block ends well.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    target = Path(path)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, target)
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written ({error.strerror or error})") from error
+    finally:
+        temporary.unlink(missing_ok=True)

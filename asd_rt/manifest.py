@@ -1,0 +1,170 @@
+"""The manifest of an engine: what the files beside it are, and that they are what was built.
+
+`docs/engine.md` describes the schema. Everything read is checked, unknown fields included, so that a
+manifest edited by hand or written by another version is one clear line and never a wrong video.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import tempfile
+from pathlib import Path
+
+from asd_rt.errors import AsdError, EngineError
+from asd_rt.manifest_schema import FORMAT_VERSION, Manifest, Part, TensorSpec, from_json
+
+__all__ = [
+    "FORMAT_VERSION",
+    "REBUILD",
+    "Manifest",
+    "Part",
+    "TensorSpec",
+    "check_part",
+    "from_json",
+    "manifest_path",
+    "part_path",
+    "read_manifest",
+    "sha256_file",
+    "verify",
+    "write_manifest",
+]
+
+REBUILD = "python -m export.build --steps 1 --force"
+_CHUNK_BYTES = 1 << 20
+_log = logging.getLogger(__name__)
+
+
+def manifest_path(engine_path: str | Path) -> Path:
+    """`asd_fp32.onnx` -> `asd_fp32.onnx.json`."""
+    return Path(f"{engine_path}.json")
+
+
+def part_path(engine_path: str | Path, manifest: Manifest, part: str) -> Path:
+    """Where the file of `part` lies.
+
+    Raises:
+        EngineError: the engine has no such part.
+    """
+    if part not in manifest.parts:
+        raise EngineError(
+            f"{engine_path}: has no {part} part, only {', '.join(manifest.parts)}; "
+            f"build it from a checkpoint that has one: {REBUILD}"
+        )
+    return Path(engine_path).parent / manifest.parts[part].file
+
+
+def sha256_file(path: str | Path) -> str:
+    """SHA-256 of a file as 64 hexadecimal digits, read in small pieces."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def read_manifest(engine_path: str | Path) -> Manifest:
+    """Read and check the manifest beside `engine_path`; the files it names are checked by `verify`.
+
+    Raises:
+        EngineError: engine or manifest is absent, the manifest is not JSON, is of another
+            format_version, or has unknown, missing or impossible fields.
+    """
+    engine, path = Path(engine_path), manifest_path(engine_path)
+    if engine.suffix == ".json" and not path.exists():
+        raise EngineError(
+            f"{engine}: is a manifest; name the engine beside it, {engine.with_suffix('')}"
+        )
+    if not engine.is_file():
+        found = "a folder" if engine.is_dir() else "nothing"
+        raise EngineError(
+            f"{engine}: expected an engine file, found {found}; build one with: {REBUILD}"
+        )
+    try:
+        document = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise EngineError(
+            f"{path}: no manifest beside the engine; copy it from where the engine was built, or build "
+            f"again with: {REBUILD}"
+        ) from error
+    except OSError as error:
+        raise EngineError(f"{path}: cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise EngineError(
+            f"{path}: not valid JSON ({error}); build it again with: {REBUILD}"
+        ) from error
+    try:
+        return from_json(document)
+    except AsdError as error:
+        raise EngineError(f"{path}: {error}; build it again with: {REBUILD}") from error
+
+
+def write_manifest(engine_path: str | Path, manifest: Manifest) -> Path:
+    """Write the manifest beside `engine_path`, whole or not at all; returns its path.
+
+    Raises:
+        EngineError: the folder cannot be written.
+    """
+    path = manifest_path(engine_path)
+    text = json.dumps(manifest.to_json(), indent=2, allow_nan=False) + "\n"
+    temporary = ""
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", dir=path.parent, prefix=f".{path.name}.", delete=False, encoding="utf-8"
+        ) as file:
+            temporary = file.name
+            file.write(text)
+        Path(temporary).chmod(0o644)
+        os.replace(temporary, path)
+    except OSError as error:
+        if temporary:
+            Path(temporary).unlink(missing_ok=True)
+        raise EngineError(
+            f"{path}: cannot be written: {error.strerror}; choose another folder"
+        ) from error
+    _log.info("wrote %s", path)
+    return path
+
+
+def verify(engine_path: str | Path, manifest: Manifest) -> None:
+    """Check that every part exists with the size and the hash it was built with.
+
+    Raises:
+        EngineError: the first part that does not match: what, where, expected, found.
+    """
+    if manifest.parts["denoiser"].file != Path(engine_path).name:
+        raise EngineError(
+            f"{manifest_path(engine_path)}: describes {manifest.parts['denoiser'].file}, expected "
+            f"{Path(engine_path).name}; rename the files back, or build again with: {REBUILD}"
+        )
+    for part in manifest.parts:
+        check_part(engine_path, manifest, part)
+
+
+def check_part(engine_path: str | Path, manifest: Manifest, name: str) -> None:
+    """Check that the file of one part has the size and the hash it was built with.
+
+    Raises:
+        EngineError: it has not: what, where, expected, found.
+    """
+    path, part = part_path(engine_path, manifest, name), manifest.parts[name]
+    try:
+        size = path.stat().st_size
+        if size != part.bytes:
+            raise EngineError(
+                f"{path}: damaged {name} part: expected {part.bytes} bytes, found {size}; copy it again, or "
+                f"build it again with: {REBUILD}"
+            )
+        digest = sha256_file(path)
+    except OSError as error:
+        raise EngineError(
+            f"{path}: the {name} part cannot be read: {error.strerror}; copy it from where the engine was "
+            f"built, or build it again with: {REBUILD}"
+        ) from error
+    if digest != part.sha256:
+        raise EngineError(
+            f"{path}: damaged {name} part: expected sha256 {part.sha256[:16]}..., found {digest[:16]}...; "
+            f"copy it again, or build it again with: {REBUILD}"
+        )

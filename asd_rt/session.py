@@ -1,0 +1,264 @@
+"""The Python interface: open an engine, then stream blocks of video from it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from types import TracebackType
+
+import numpy as np
+from numpy.typing import NDArray
+
+from asd_rt.arguments import (
+    check_can_decode,
+    check_renoise,
+    default_frames,
+    make_plan,
+    prompt_tokens,
+)
+from asd_rt.backends.base import Engine, open_backend
+from asd_rt.engines import best_engine
+from asd_rt.errors import ConfigError
+from asd_rt.frame_loop import Block, FrameLoop, Request
+from asd_rt.manifest import Manifest
+from asd_rt.noise import check_seed
+from asd_rt.plan import Plan, count_blocks
+from asd_rt.schedule import Schedule
+
+FloatArray = NDArray[np.float32]
+
+
+def open_session(engine: str | Path | None = None, threads: int | None = None) -> Session:
+    """Open an engine.
+
+    Args:
+        engine: path of an engine file; None = the best one in ./engines, else the packaged one.
+        threads: of a CPU backend; None = usable cores.
+
+    Raises:
+        EngineError: no such engine, or it is damaged.
+        BackendError: its backend is absent or cannot run here.
+    """
+    return Session(open_backend(best_engine() if engine is None else engine, threads))
+
+
+@dataclass(frozen=True)
+class Replay:
+    """Result of `Session.replay`.
+
+    Attributes:
+        latents: float32 [B, F, C, h, w], initial frames included.
+        blocks: the generated blocks.
+        cache: `kv_cache.layer{i}.k` and `.v`, float32 [B, tokens, H, D], frames oldest first, as after the
+            last cache pass; empty unless asked for.
+    """
+
+    latents: FloatArray
+    blocks: list[Block]
+    cache: dict[str, FloatArray]
+
+
+class Session:
+    """An opened engine. One video at a time; close it or use it in a `with`."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    @property
+    def engine(self) -> Engine:
+        return self._engine
+
+    @property
+    def manifest(self) -> Manifest:
+        return self._engine.manifest
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Release the engine; may be called twice."""
+        self._engine.close()
+
+    def context(self, prompt: str) -> FloatArray:
+        """Text embedding [1, text_len, text_dim] of `prompt`.
+
+        Raises:
+            PromptError: the engine cannot read it, or has no text part.
+        """
+        return self._engine.encode_prompt(prompt_tokens(self._engine.path, self.manifest, prompt))
+
+    def generate(
+        self,
+        prompt: str,
+        seed: int = 0,
+        frames: int | None = None,
+        steps: int | None = None,
+        first_steps: int | None = None,
+    ) -> Iterator[Block]:
+        """Stream a video block by block; a block is handed out before its cache pass runs.
+
+        Everything is checked before this returns; work begins with the first block asked for.
+
+        Args:
+            prompt: what to show.
+            seed: 0 .. 2**63 - 1; same seed and plan, same video.
+            frames: latent frames, rounded up to whole blocks; None = 48, or what the cache holds.
+            steps: denoising steps of a block, 1..4; None = the manifest's.
+            first_steps: steps of the first block; None = the manifest's, at least `steps`.
+
+        Returns:
+            blocks with `frames` uint8 [frames, rows, columns, 3].
+
+        Raises:
+            ConfigError, PromptError: impossible arguments.
+        """
+        check_can_decode(self._engine.path, self.manifest)
+        return self.generate_from(self.context(prompt), seed, frames, steps, first_steps)
+
+    def generate_from(
+        self,
+        context: FloatArray,
+        seed: int = 0,
+        frames: int | None = None,
+        steps: int | None = None,
+        first_steps: int | None = None,
+        latent_hw: tuple[int, int] | None = None,
+    ) -> Iterator[Block]:
+        """As `generate`, from a text embedding instead of a prompt.
+
+        Args:
+            context: float32 [B, tokens <= text_len, text_dim].
+            seed, frames, steps, first_steps: as `generate`.
+            latent_hw: latent (rows, columns), for an engine that fixes none.
+
+        Returns:
+            blocks; their `frames` are None where the engine has no decoder or B is not 1.
+        """
+        manifest = self.manifest
+        size = manifest.cache.block_frames
+        total = count_blocks(default_frames(manifest) if frames is None else frames, size) * size
+        self._check_context(context)
+        rows, columns = self._latent_hw(latent_hw)
+        request = Request(
+            context=context,
+            shape=(context.shape[0], total, manifest.model.in_dim, rows, columns),
+            plan=make_plan(manifest, steps, first_steps),
+            seed=check_seed(seed),
+        )
+        blocks = iter(self._loop(request))
+        return (
+            self._decoded(blocks) if "decoder" in manifest.parts and len(context) == 1 else blocks
+        )
+
+    def _decoded(self, blocks: Iterator[Block]) -> Iterator[Block]:
+        from asd_rt.video import to_uint8
+
+        for block in blocks:
+            begin = perf_counter()
+            block.frames = to_uint8(self._engine.decode(block.latents), 1)
+            block.decode_ms = (perf_counter() - begin) * 1e3
+            yield block
+
+    def replay(
+        self,
+        noise: FloatArray,
+        context: FloatArray,
+        initial: FloatArray | None = None,
+        renoise: Mapping[tuple[int, int], FloatArray] | None = None,
+        plan: Plan | None = None,
+        seed: int = 0,
+        dump_cache: bool = False,
+    ) -> Replay:
+        """One run with given noise, to compare engines and machines.
+
+        Args:
+            noise: float32 [B, F, C, h, w], F a multiple of the block size.
+            context: float32 [B, tokens <= text_len, text_dim].
+            initial: clean latents [B, whole blocks, C, h, w] that only fill the cache.
+            renoise: {(block, step): float32 [B, block_frames, C, h, w]}; what is missing comes from `seed`.
+            plan: None = the manifest's.
+            seed: of the noise that is not given.
+            dump_cache: run the last cache pass too and return the cache.
+
+        Raises:
+            ConfigError: shapes that do not fit the engine.
+        """
+        shape = self._check_noise(noise)
+        self._check_context(context)
+        request = Request(
+            context=context,
+            shape=shape,
+            plan=make_plan(self.manifest, None, None) if plan is None else plan,
+            seed=check_seed(seed),
+            noise=noise,
+            renoise=renoise or {},
+            initial=initial,
+            commit_last=dump_cache,
+        )
+        loop = self._loop(request)
+        check_renoise(request, self.manifest.cache.block_frames)
+        blocks = list(loop)
+        parts = [block.latents for block in blocks]
+        if initial is not None:
+            parts.insert(0, initial)
+        latents = np.concatenate(parts, axis=1, dtype=np.float32)
+        return Replay(latents, blocks, self._read_cache(loop) if dump_cache else {})
+
+    def _read_cache(self, loop: FrameLoop) -> dict[str, FloatArray]:
+        slots = loop.slots.slots_in_order()
+        cache = {}
+        for layer in range(self.manifest.model.num_layers):
+            keys, values = self._engine.denoiser.read_cache(layer, slots)
+            cache[f"kv_cache.layer{layer}.k"], cache[f"kv_cache.layer{layer}.v"] = keys, values
+        return cache
+
+    def _loop(self, request: Request) -> FrameLoop:
+        manifest = self.manifest
+        schedule = Schedule(manifest.timestep_shift)
+        return FrameLoop(
+            self._engine.denoiser, manifest.cache, schedule, request, manifest.model.text_len
+        )
+
+    def _latent_hw(self, asked: tuple[int, int] | None) -> tuple[int, int]:
+        fixed = self.manifest.latent_hw
+        if fixed is None and asked is None:
+            raise ConfigError(
+                f"{self._engine.path}: fixes no latent size; build it with --latent-size HxW, or use "
+                "asd-rt replay"
+            )
+        if fixed and asked and fixed != asked:
+            raise ConfigError(
+                f"{self._engine.path}: is fixed to latents of {fixed[0]}x{fixed[1]}, found "
+                f"{asked[0]}x{asked[1]}"
+            )
+        rows, columns = fixed or asked or (0, 0)
+        if rows < 2 or columns < 2 or rows % 2 or columns % 2:
+            raise ConfigError(f"a latent size must be even, found {rows}x{columns}")
+        return rows, columns
+
+    def _check_noise(self, noise: FloatArray) -> tuple[int, int, int, int, int]:
+        """Shape of the video that `noise` stands for."""
+        channels = self.manifest.model.in_dim
+        if noise.ndim != 5 or 0 in noise.shape or noise.shape[2] != channels:
+            raise ConfigError(f"noise must be [B, F, {channels}, h, w], found {list(noise.shape)}")
+        batch, frames, _, rows, columns = noise.shape
+        return (batch, frames, channels, *self._latent_hw((rows, columns)))
+
+    def _check_context(self, context: FloatArray) -> None:
+        model = self.manifest.model
+        good = context.ndim == 3 and 0 not in context.shape and context.shape[2] == model.text_dim
+        if not good or context.shape[1] > model.text_len:
+            raise ConfigError(
+                f"context must be [B, tokens <= {model.text_len}, {model.text_dim}], found "
+                f"{list(context.shape)}"
+            )

@@ -1,0 +1,232 @@
+"""The build command: a checkpoint in, verified engines out. `--help` shows examples."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import train
+from asd_rt.errors import AsdError, BackendError, ConfigError, EngineError
+from asd_rt.plan import FixedPlan
+from export.engine import Target, build_engine, plan_obstacle
+from export.settings import Overrides, Settings, resolve
+from export.tensorrt import NO_CARD_TARGETS, check_gpus, import_tensorrt
+from train.checkpoint import Checkpoint, load_checkpoint
+
+DEFAULT_OUT = Path("engines")
+PRECISIONS = ("fp32", "fp16", "bf16", "int8")
+BUILDABLE = ("fp32", "fp16")
+EXAMPLES = """examples:
+  python -m export.build --steps 1
+      the shipped tiny student, for every backend that is installed
+  python -m export.build --steps 1 --target tensorrt --precision fp16 --gpu sm89,sm120
+      plans for RTX cards, on a machine without one
+  python -m export.build --checkpoint my_student --target onnx --block-frames 1 --window-frames 6
+      a checkpoint folder that does not say how it was trained
+"""
+log = logging.getLogger("export")
+
+
+class Parser(argparse.ArgumentParser):
+    """Argument errors in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+def default_checkpoint() -> Path:
+    """The shipped tiny student."""
+    return Path(next(iter(train.__path__))) / "tiny_student"
+
+
+def _latent_size(text: str) -> tuple[int, int]:
+    height, cross, width = text.lower().partition("x")
+    if not cross or not height.isdecimal() or not width.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected HEIGHTxWIDTH such as 60x104, found {text!r}")
+    return int(height), int(width)
+
+
+def _gpus(text: str) -> tuple[str, ...]:
+    return tuple(name.strip().lower() for name in text.split(",") if name.strip())
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line of `python -m export.build`."""
+    parser = Parser(
+        prog="python -m export.build",
+        description="Turn a checkpoint into engines: files plus a manifest, measured against torch first.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add(
+        "--steps",
+        type=int,
+        default=1,
+        metavar="N",
+        help="steps a block in the default plan, 1..4 (default 1)",
+    )
+    add("--first-steps", type=int, metavar="N", help="steps of the first block (default 4)")
+    add("--checkpoint", type=Path, metavar="FOLDER", help="default: the shipped tiny student")
+    add("--precision", choices=PRECISIONS, help="default: fp32 for onnx, fp16 for tensorrt")
+    add(
+        "--target",
+        choices=("auto", "onnx", "tensorrt"),
+        default="auto",
+        help="auto: all that is installed",
+    )
+    add(
+        "--gpu",
+        type=_gpus,
+        default=(),
+        metavar="SM,...",
+        help="TensorRT targets, e.g. sm89,sm120; no card needed",
+    )
+    add(
+        "--out",
+        type=Path,
+        metavar="FOLDER",
+        help="an existing folder (default: engines, made if absent)",
+    )
+    add("--force", action="store_true", help="replace engines that differ")
+    add("--block-frames", type=int, metavar="N", help="latent frames denoised together (default 3)")
+    add(
+        "--window-frames",
+        type=int,
+        metavar="N",
+        help="frames that a pass attends to, 0 = all (default 0)",
+    )
+    add(
+        "--sink-frames",
+        type=int,
+        metavar="N",
+        help="first frames that stay in the window (default 0)",
+    )
+    add("--timestep-shift", type=float, metavar="S", help="of the noise schedule (default 5)")
+    add(
+        "--latent-size", type=_latent_size, metavar="HxW", help="fix the latent size (default: any)"
+    )
+    add(
+        "--max-frames",
+        type=int,
+        metavar="N",
+        help="longest video without a window, 0 = no limit (default 0)",
+    )
+    add("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def choose_targets(args: argparse.Namespace, settings: Settings) -> list[Target]:
+    """What to build, in order; what `auto` leaves out is logged with its reason.
+
+    Raises:
+        AsdError: an explicit wish that cannot be met.
+    """
+    if args.precision not in (None, *BUILDABLE):
+        raise ConfigError(
+            f"--precision {args.precision} cannot be built by this version; "
+            f"use --precision {' or '.join(BUILDABLE)}"
+        )
+    if args.gpu and args.target == "onnx":
+        raise ConfigError("--gpu is for TensorRT; leave it out, or use --target tensorrt")
+    targets = []
+    if args.target != "tensorrt":
+        targets.append(Target("onnx", args.precision or "fp32"))
+    if args.target == "onnx":
+        return targets
+    precision = args.precision or "fp16"
+    try:
+        obstacle = plan_obstacle(settings, precision)
+        if obstacle:
+            raise ConfigError(obstacle)
+        trt = import_tensorrt()
+        gpus = check_gpus(trt, args.gpu) or _present_targets()
+    except AsdError as error:
+        # In `auto` a plan is a bonus; a wish for one (--target, --gpu) is not.
+        if args.target == "tensorrt" or args.gpu:
+            raise
+        log.info("skipped asd_%s.plan: %s", precision, error)
+        return targets
+    targets.append(Target(trt.__name__, precision, gpus))
+    return targets
+
+
+def _present_targets() -> tuple[str, ...]:
+    """The card of this machine, or common ones where there is none."""
+    from asd_rt.backends.cuda import present_gpu
+
+    try:
+        return (present_gpu(),)
+    except BackendError:
+        log.info(
+            "no NVIDIA card here: building for %s; choose others with --gpu",
+            ", ".join(NO_CARD_TARGETS),
+        )
+        return NO_CARD_TARGETS
+
+
+def _output_folder(out: Path | None) -> Path:
+    folder = DEFAULT_OUT if out is None else out
+    if folder.exists() and not folder.is_dir():
+        raise EngineError(f"--out {folder}: is not a folder; name another")
+    if not folder.exists():
+        if out is not None:
+            raise EngineError(f"--out {folder}: no such folder; make it: mkdir -p {folder}")
+        try:
+            folder.mkdir()
+        except OSError as error:
+            raise EngineError(
+                f"{folder}: cannot be made ({error.strerror}); name another with --out"
+            ) from error
+    return folder
+
+
+def build(args: argparse.Namespace) -> list[Path]:
+    """Build everything that `args` ask for; returns the engine files.
+
+    Raises:
+        AsdError: bad input, an unwritable folder, or an engine that misses its parity budget.
+    """
+    steps = FixedPlan(args.steps).steps
+    plan = FixedPlan(steps, 4 if args.first_steps is None else args.first_steps)
+    checkpoint: Checkpoint = load_checkpoint(args.checkpoint or default_checkpoint())
+    flags = Overrides(
+        args.block_frames,
+        args.window_frames,
+        args.sink_frames,
+        args.timestep_shift,
+        args.latent_size,
+        args.max_frames,
+    )
+    settings = resolve(checkpoint, flags, plan)
+    targets = choose_targets(args, settings)
+    out = _output_folder(args.out)
+    return [build_engine(checkpoint, settings, target, out, args.force) for target in targets]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    args = make_parser().parse_args(arguments)
+    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(message)s")
+    log.setLevel(logging.INFO)
+    try:
+        engines = build(args)
+    except AsdError as error:
+        if args.debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; nothing half-written is left", file=sys.stderr)
+        return 130
+    print(json.dumps({"engines": [str(path) for path in engines]}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

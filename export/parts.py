@@ -1,0 +1,126 @@
+"""All parts of an engine as modules, each with the names and shapes of its tensors (docs/engine.md)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from asd_rt.errors import ConfigError
+from export.denoiser import DenoiserPart, PromptPart, TimePart
+from train.checkpoint import Checkpoint
+from train.codec import LinearCodec
+from train.model import WanModel
+
+KV_TYPES = {"fp32": torch.float32, "fp16": torch.float16}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PartModule:
+    """A part ready for export.
+
+    Attributes:
+        module: its `forward` takes `inputs` in their order and returns `outputs` in theirs.
+        inputs, outputs: (dtype, shape) by name; a shape holds sizes and the symbols of docs/engine.md.
+    """
+
+    module: nn.Module
+    inputs: Mapping[str, TensorShape]
+    outputs: Mapping[str, TensorShape]
+
+
+TensorShape = tuple[torch.dtype, tuple[int | str, ...]]
+
+
+class TextPart(nn.Module):
+    """Token ids int64 [B, L] -> context [B, L, text_dim]."""
+
+    table: Tensor
+
+    def __init__(self, table: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("table", table)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return F.embedding(tokens, self.table)
+
+
+class EncoderPart(nn.Module):
+    """Frames in -1..1 -> latents."""
+
+    def __init__(self, codec: LinearCodec) -> None:
+        super().__init__()
+        self.codec = codec
+
+    def forward(self, frames: Tensor) -> Tensor:
+        return self.codec.encode((frames + 1) / 2)
+
+
+def engine_parts(
+    checkpoint: Checkpoint, model: WanModel, precision: str, latent_hw: tuple[int, int] | None
+) -> dict[str, PartModule]:
+    """All parts of an engine, by name.
+
+    Args:
+        checkpoint: what to export.
+        model: `checkpoint.build_model()`.
+        precision: fp32 or fp16.
+        latent_hw: the one latent size of the engine, None = any.
+
+    Raises:
+        ConfigError: another precision.
+    """
+    if precision not in KV_TYPES:
+        raise ConfigError(
+            f"precision {precision} cannot be exported yet; use {' or '.join(KV_TYPES)}"
+        )
+    kv, f32 = KV_TYPES[precision], torch.float32
+    c = model.config
+    height, width = latent_hw or ("h", "w")
+    tokens = "T"
+    latents: TensorShape = (f32, ("B", "F", c.in_dim, height, width))
+    flow: TensorShape = (f32, ("B", "F", c.out_dim, height, width))
+    embedding = {
+        "time_embedding": (f32, (1, "F", c.dim)),
+        "time_modulation": (f32, (1, "F", 6, c.dim)),
+    }
+    rope: TensorShape = (f32, (tokens, c.head_dim // 2))
+
+    def layers(prefix: str, length: int | str) -> dict[str, TensorShape]:
+        shape = (length, "B", c.num_heads, c.head_dim)
+        return {f"{prefix}_{kind}.{i}": (kv, shape) for i in range(c.num_layers) for kind in "kv"}
+
+    parts = {
+        "denoiser": PartModule(
+            DenoiserPart(model, kv),
+            {"latents": latents, **embedding, "rope_cos": rope, "rope_sin": rope}
+            | layers("prompt", c.text_len)
+            | layers("past", "P"),
+            {"flow": flow} | layers("new", tokens),
+        ),
+        "time": PartModule(TimePart(model), {"timesteps": (f32, (1, "F"))}, embedding),
+        "prompt": PartModule(
+            PromptPart(model, kv),
+            {"context": (f32, ("B", c.text_len, c.text_dim))},
+            layers("prompt", c.text_len),
+        ),
+    }
+    if checkpoint.table is not None:
+        parts["text"] = PartModule(
+            TextPart(checkpoint.table),
+            {"tokens": (torch.int64, ("B", c.text_len))},
+            {"context": (f32, ("B", c.text_len, c.text_dim))},
+        )
+    if checkpoint.codec is not None:
+        size = tuple(4 * n for n in latent_hw) if latent_hw else ("rows", "columns")
+        frames: TensorShape = (f32, ("B", "F", 3, *size))
+        parts["decoder"] = PartModule(checkpoint.codec, {"latents": latents}, {"frames": frames})
+        parts["encoder"] = PartModule(
+            EncoderPart(checkpoint.codec), {"frames": frames}, {"latents": latents}
+        )
+    for part in parts.values():
+        part.module.eval().requires_grad_(False)
+    return parts

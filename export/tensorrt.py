@@ -1,0 +1,199 @@
+"""ONNX parts to TensorRT plans, with `tensorrt` or `tensorrt_rtx`: one build function takes either module.
+
+Networks are strongly typed, so precision is what the graph says. One profile covers every valid past length
+from 0 up; both modules' builders take 0 as a minimum. The builder needs no GPU when it is told its targets.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import re
+from collections.abc import Mapping, Sequence
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import onnx
+
+from asd_rt.errors import BackendError, EngineError
+from export.parts import PartModule
+
+MODULES = ("tensorrt", "tensorrt_rtx")
+INSTALL = "pip install 'asd-rt[rtx]' for RTX cards, or TensorRT 11 from NVIDIA's index for data-centre ones"
+NO_CARD_TARGETS = ("sm86", "sm89", "sm120")
+MAX_BATCH = 4
+
+# Layers of the detailed build log that are fused attention kernels.
+_FUSED_ATTENTION = re.compile(r"Name: (\w*(?:mha|fmha|flash|attention)\w*)[,:]", re.IGNORECASE)
+_SM = re.compile(r"sm\d{2,3}")
+
+Range = tuple[int, int, int]
+
+
+def import_tensorrt() -> ModuleType:
+    """`tensorrt` where it is installed, else `tensorrt_rtx`.
+
+    Raises:
+        BackendError: neither is; says how to install one.
+    """
+    for name in MODULES:
+        if importlib.util.find_spec(name) is not None:
+            try:
+                return importlib.import_module(name)
+            except (ImportError, OSError) as error:
+                raise BackendError(
+                    f"{name} is installed but cannot be imported ({error})"
+                ) from error
+    raise BackendError(f"TensorRT is not installed; {INSTALL}")
+
+
+def check_gpus(trt: ModuleType, gpus: Sequence[str]) -> tuple[str, ...]:
+    """`gpus` without repetitions, if the module can build for all of them.
+
+    Raises:
+        BackendError: an unknown name, or a module that builds for the present card only.
+    """
+    known = [
+        n.lower() for n in getattr(trt, "ComputeCapability", type).__dict__ if n.startswith("SM")
+    ]
+    if gpus and not known:
+        raise BackendError(
+            f"{trt.__name__} {trt.__version__} builds for the present card only; leave --gpu out, or "
+            "pip install tensorrt-rtx"
+        )
+    for gpu in gpus:
+        if not _SM.fullmatch(gpu) or gpu not in known:
+            raise BackendError(
+                f"--gpu {gpu}: {trt.__name__} {trt.__version__} builds for {', '.join(known)}"
+            )
+    return tuple(dict.fromkeys(gpus))
+
+
+def build_plan(
+    trt: ModuleType,
+    name: str,
+    part: PartModule,
+    model: onnx.ModelProto,
+    ranges: Mapping[str, Range],
+    gpus: Sequence[str],
+) -> bytes:
+    """Build one part's plan.
+
+    Args:
+        trt: `import_tensorrt()`.
+        name: of the part, for errors.
+        part: whose shape symbols `ranges` is about.
+        model: the part as ONNX.
+        ranges: (smallest, most usual, largest) size of every symbol.
+        gpus: targets such as "sm89"; empty = the present card.
+
+    Raises:
+        EngineError: the parser refuses a node or leaves an input unused, the builder returns nothing or
+            refuses a target, or an attention was not fused. Nodes are named.
+    """
+    logger = _logger(trt)
+    logger.lines.clear()
+    builder = trt.Builder(logger)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, logger)
+    parsed = parser.parse(model.SerializeToString())
+    errors = [_parser_error(parser.get_error(i)) for i in range(parser.num_errors)]
+    if not parsed or errors:
+        raise EngineError(
+            f"{name}: {trt.__name__} cannot take this graph: {'; '.join(errors) or 'no reason given'}"
+        )
+    inputs = {network.get_input(i).name for i in range(network.num_inputs)}
+    unused = [key for key in part.inputs if key not in inputs]
+    unused += [text for _, text in logger.lines if "unused input" in text.lower()]
+    if unused:
+        raise EngineError(
+            f"{name}: Unused Input, which {trt.__name__} would ignore silently: {'; '.join(unused)}"
+        )
+
+    config = builder.create_builder_config()
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    _set_targets(trt, name, config, gpus)
+    profile = builder.create_optimization_profile()
+    for key, (_, shape) in part.inputs.items():
+        sizes = [[ranges[n][i] if isinstance(n, str) else n for n in shape] for i in range(3)]
+        profile.set_shape(key, *sizes)
+    if config.add_optimization_profile(profile) < 0:
+        raise EngineError(
+            f"{name}: {trt.__name__} refuses the shape ranges {dict(ranges)}: {_last_error(logger)}"
+        )
+    plan = builder.build_serialized_network(network, config)
+    if plan is None:
+        raise EngineError(f"{name}: {trt.__name__} built nothing: {_last_error(logger)}")
+    _check_attention(name, model, logger)
+    return bytes(plan)
+
+
+def profile_ranges(block: int, capacity: int, latent_hw: tuple[int, int]) -> dict[str, Range]:
+    """Sizes that one profile covers: passes of one or two blocks behind 0 .. capacity - block frames.
+
+    Args:
+        block: frames of a block.
+        capacity: frames of the cache.
+        latent_hw: latent rows and columns.
+    """
+    tokens = (latent_hw[0] // 2) * (latent_hw[1] // 2)
+    past = (capacity - block) * tokens
+    return {
+        "B": (1, 1, MAX_BATCH),
+        "F": (block, block, 2 * block),
+        "T": (block * tokens, block * tokens, 2 * block * tokens),
+        "P": (0, past, past),
+    }
+
+
+@cache
+def _logger(trt: ModuleType) -> Any:
+    """The one logger of this process; keeps (severity, line) of everything said."""
+
+    class Logger(trt.ILogger):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.lines: list[tuple[int, str]] = []
+
+        def log(self, severity: Any, text: str) -> None:
+            self.lines.append((int(severity), text))
+
+    return Logger()
+
+
+def _set_targets(trt: ModuleType, name: str, config: Any, gpus: Sequence[str]) -> None:
+    if not gpus:
+        return
+    config.num_compute_capabilities = len(gpus)
+    for index, gpu in enumerate(gpus):
+        capability = getattr(trt.ComputeCapability, gpu.upper())
+        if not config.set_compute_capability(capability, index):
+            raise EngineError(
+                f"{name}: {trt.__name__} refuses to build for {gpu}: {_last_error(_logger(trt))}"
+            )
+
+
+def _parser_error(error: Any) -> str:
+    reason = " ".join(str(error.desc()).split("\n[checkMacros")[0].split())
+    return f"{error.node_operator()} node {error.node_name()}: {reason}"
+
+
+def _last_error(logger: Any) -> str:
+    """The first error said, for it causes those that follow."""
+    errors = [text for severity, text in logger.lines if severity <= 1]
+    return " ".join(errors[0].split()) if errors else "no reason given"
+
+
+def _check_attention(name: str, model: onnx.ModelProto, logger: Any) -> None:
+    """Every Attention node became a fused kernel, as far as the detailed layer log tells."""
+    wanted = [node.name for node in model.graph.node if node.op_type == "Attention"]
+    layers = [text for _, text in logger.lines if "LayerType:" in text]
+    if not wanted or not layers:
+        return
+    fused = {match for text in layers for match in _FUSED_ATTENTION.findall(text)}
+    if len(fused) < len(wanted):
+        raise EngineError(
+            f"{name}: only {len(fused)} of {len(wanted)} attentions were fused ({', '.join(wanted)}); "
+            "such an engine is slow; use --precision fp16 and heads of at most 256 channels"
+        )

@@ -1,0 +1,290 @@
+"""A toy engine: a few random numbers behind the contract's tensor names, built without torch or export.
+
+`ToyNetwork` computes in numpy what the toy ONNX graphs compute, with a cache that is a plain list of frames;
+the frame loop over both must agree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+from asd_rt.config import CacheConfig, ModelConfig
+from asd_rt.kv_cache import Move
+from asd_rt.manifest import Manifest, Part, TensorSpec, sha256_file, write_manifest
+from asd_rt.rope import rope_table
+
+MODEL = ModelConfig(
+    dim=12,
+    ffn_dim=24,
+    freq_dim=4,
+    text_dim=3,
+    text_len=4,
+    in_dim=2,
+    out_dim=2,
+    num_heads=2,
+    num_layers=2,
+)
+WORDS = {"red": 1, "blue": 2, "three": 3, "3": 3, "right": 4, "a": 0, "moving": 0}
+LATENT_HW = (4, 2)
+FLOAT, INT64 = TensorProto.FLOAT, TensorProto.INT64
+FloatArray = NDArray[np.float32]
+_rng = np.random.default_rng(5)
+W_KEY = [_rng.standard_normal((8, 12)).astype(np.float32) for _ in range(2)]
+W_VALUE = [_rng.standard_normal((8, 12)).astype(np.float32) for _ in range(2)]
+W_TIME = _rng.standard_normal((1, 12)).astype(np.float32)
+W_PROMPT = _rng.standard_normal((3, 12)).astype(np.float32)
+TABLE = _rng.standard_normal((5, 3)).astype(np.float32)
+W_PIXEL = _rng.standard_normal((2, 3)).astype(np.float32)
+
+
+class ToyNetwork:
+    """The toy denoiser in numpy, behind the Denoiser protocol. Its cache maps slot -> keys and values."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[float, range, int]] = []
+        self.copied_frames = 0
+
+    def prepare(self, batch: int, latent_hw: tuple[int, int], capacity_frames: int) -> None:
+        self.token_hw = (latent_hw[0] // 2, latent_hw[1] // 2)
+        self.slots: list[list[tuple[FloatArray, FloatArray]] | None] = [None] * capacity_frames
+
+    def set_prompt(self, context: FloatArray) -> None:
+        self.prompt = np.tanh(context @ W_PROMPT).mean(axis=(1, 2))
+
+    def denoise(
+        self, latents: FloatArray, timestep: float, frames: range, past_frames: int
+    ) -> FloatArray:
+        self.calls.append((timestep, frames, past_frames))
+        batch, count = latents.shape[:2]
+        tokens = latents.reshape(batch, -1, 8).swapaxes(0, 1)
+        cos, sin = rope_table(MODEL.head_dim, frames, *self.token_hw)
+        turn = (cos - sin).mean(axis=1).reshape(-1, 1, 1, 1)
+        flow = (
+            0.3 * latents
+            + np.tanh(W_TIME * timestep / 1000).mean()
+            + self.prompt.reshape(-1, 1, 1, 1, 1)
+        )
+        new = [
+            tuple((tokens @ w[i]).reshape(-1, batch, 2, 6) * turn for w in (W_KEY, W_VALUE))
+            for i in range(2)
+        ]
+        size = len(tokens) // count
+        for j in range(count):
+            own = slice(j * size, (j + 1) * size)
+            self.slots[past_frames + j] = [(k[own], v[own]) for k, v in new]
+        for i in range(2):
+            held = [slot[i] for slot in self.slots[: past_frames + count] if slot is not None]
+            keys, values = (np.concatenate(parts) for parts in zip(*held, strict=True))
+            seen = np.tanh(keys).mean(axis=0, keepdims=True) * values.mean(axis=0, keepdims=True)
+            flow = flow + seen.mean(axis=(0, 2, 3)).reshape(-1, 1, 1, 1, 1)
+        return flow.astype(np.float32)
+
+    def move(self, moves: Sequence[Move]) -> None:
+        for move in moves:
+            for i in range(move.frames):
+                self.slots[move.target + i] = self.slots[move.source + i]
+                self.copied_frames += 1
+
+    def read_cache(self, layer: int, slots: Sequence[int]) -> tuple[FloatArray, FloatArray]:
+        held = [slot[layer] for slot in (self.slots[s] for s in slots) if slot is not None]
+        k, v = (np.concatenate(parts).swapaxes(0, 1) for parts in zip(*held, strict=True))
+        return k, v
+
+
+@dataclass(frozen=True)
+class ToyEngine:
+    """Where a toy engine lies and what its manifest says."""
+
+    path: Path
+    manifest: Manifest
+
+
+class _Graph:
+    """Collects nodes and constants of one toy graph."""
+
+    def __init__(self) -> None:
+        self.nodes: list[onnx.NodeProto] = []
+        self.constants: list[onnx.TensorProto] = []
+
+    def const(self, value: object, dtype: type = np.float32) -> str:
+        name = f"c{len(self.constants)}"
+        self.constants.append(numpy_helper.from_array(np.asarray(value, dtype), name))
+        return name
+
+    def __call__(self, op: str, *inputs: str, out: str | None = None, **attributes: object) -> str:
+        name = out or f"t{len(self.nodes)}"
+        self.nodes.append(helper.make_node(op, list(inputs), [name], **attributes))
+        return name
+
+    def shape(self, x: str, *sizes: int, out: str | None = None) -> str:
+        return self("Reshape", x, self.const(sizes, np.int64), out=out)
+
+    def mean(self, x: str, *axes: int, keepdims: int = 1) -> str:
+        return self("ReduceMean", x, self.const(axes, np.int64), keepdims=keepdims)
+
+    def save(
+        self, path: Path, inputs: dict[str, TensorSpec], outputs: dict[str, TensorSpec]
+    ) -> Part:
+        def info(specs: dict[str, TensorSpec]) -> list[onnx.ValueInfoProto]:
+            kind = {"float32": FLOAT, "int64": INT64}
+            return [
+                helper.make_tensor_value_info(n, kind[s.dtype], list(s.shape))
+                for n, s in specs.items()
+            ]
+
+        graph = helper.make_graph(self.nodes, "toy", info(inputs), info(outputs), self.constants)
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+        onnx.checker.check_model(model)
+        onnx.save(model, path)
+        return Part(path.name, sha256_file(path), path.stat().st_size, inputs, outputs)
+
+
+def f32(*shape: int | str) -> TensorSpec:
+    return TensorSpec("float32", shape)
+
+
+def _denoiser(path: Path) -> Part:
+    g = _Graph()
+    inputs = {
+        "latents": f32("B", "F", 2, "h", "w"),
+        "time_embedding": f32(1, "F", 12),
+        "time_modulation": f32(1, "F", 6, 12),
+        "rope_cos": f32("T", 3),
+        "rope_sin": f32("T", 3),
+    }
+    outputs = {"flow": f32("B", "F", 2, "h", "w")}
+    tokens = g("Transpose", g("Reshape", "latents", g.const([0, -1, 8], np.int64)), perm=[1, 0, 2])
+    turn = g.shape(g.mean(g("Sub", "rope_cos", "rope_sin"), 1), -1, 1, 1, 1)
+    flow = g("Mul", "latents", g.const(0.3))
+    time = g(
+        "Add", "time_embedding", g("Mul", g.mean("time_modulation", 2, keepdims=0), g.const(0.0))
+    )
+    flow = g("Add", flow, g.shape(g.mean(time, 2, keepdims=0), 1, -1, 1, 1, 1))
+    for i in range(2):
+        whole = {}
+        for kind, weights in (("k", W_KEY), ("v", W_VALUE)):
+            inputs[f"prompt_{kind}.{i}"] = f32(4, "B", 2, 6)
+            inputs[f"past_{kind}.{i}"] = f32("P", "B", 2, 6)
+            outputs[f"new_{kind}.{i}"] = f32("T", "B", 2, 6)
+            y = g(
+                "Reshape", g("MatMul", tokens, g.const(weights[i])), g.const([0, 0, 2, 6], np.int64)
+            )
+            new = g("Mul", y, turn, out=f"new_{kind}.{i}")
+            whole[kind] = g("Concat", f"past_{kind}.{i}", new, axis=0)
+        seen = g("Mul", g.mean(g("Tanh", whole["k"]), 0), g.mean(whole["v"], 0))
+        seen = g.shape(g.mean(seen, 0, 2, 3, keepdims=0), -1, 1, 1, 1, 1)
+        # Half of the prompt's mean comes from each of keys and values, summed over two layers.
+        prompt = g(
+            "Add",
+            g.mean(f"prompt_k.{i}", 0, 2, 3, keepdims=0),
+            g.mean(f"prompt_v.{i}", 0, 2, 3, keepdims=0),
+        )
+        prompt = g.shape(g("Mul", prompt, g.const(0.25)), -1, 1, 1, 1, 1)
+        flow = g("Add", g("Add", flow, seen), prompt, out="flow" if i == 1 else None)
+    return g.save(path, inputs, outputs)
+
+
+def _time(path: Path) -> Part:
+    g = _Graph()
+    t = g("Unsqueeze", g("Mul", "timesteps", g.const(1e-3)), g.const([2], np.int64))
+    embedding = g("Tanh", g("MatMul", t, g.const(W_TIME)), out="time_embedding")
+    wide = g("Unsqueeze", embedding, g.const([2], np.int64))
+    g("Tile", wide, g.const([1, 1, 6, 1], np.int64), out="time_modulation")
+    outputs = {"time_embedding": f32(1, "F", 12), "time_modulation": f32(1, "F", 6, 12)}
+    return g.save(path, {"timesteps": f32(1, "F")}, outputs)
+
+
+def _prompt(path: Path) -> Part:
+    g = _Graph()
+    y = g("Transpose", g("Tanh", g("MatMul", "context", g.const(W_PROMPT))), perm=[1, 0, 2])
+    outputs = {}
+    for name in ("prompt_k.0", "prompt_v.0", "prompt_k.1", "prompt_v.1"):
+        g("Reshape", y, g.const([0, 0, 2, 6], np.int64), out=name)
+        outputs[name] = f32(4, "B", 2, 6)
+    return g.save(path, {"context": f32("B", 4, 3)}, outputs)
+
+
+def _text(path: Path) -> Part:
+    g = _Graph()
+    g("Gather", g.const(TABLE), "tokens", out="context")
+    return g.save(path, {"tokens": TensorSpec("int64", ("B", 4))}, {"context": f32("B", 4, 3)})
+
+
+def _decoder(path: Path) -> Part:
+    g = _Graph()
+    pixels = g("MatMul", g("Transpose", "latents", perm=[0, 1, 3, 4, 2]), g.const(W_PIXEL))
+    g("Transpose", g("Tanh", pixels), perm=[0, 1, 4, 2, 3], out="frames")
+    return g.save(
+        path, {"latents": f32("B", "F", 2, "h", "w")}, {"frames": f32("B", "F", 3, "h", "w")}
+    )
+
+
+def build_toy(
+    folder: Path, cache: CacheConfig, latent_hw: tuple[int, int] | None = LATENT_HW
+) -> ToyEngine:
+    """Write a toy engine into `folder`."""
+    path = folder / "toy_fp32.onnx"
+    parts = {
+        "denoiser": _denoiser(path),
+        "time": _time(folder / "toy_fp32.time.onnx"),
+        "prompt": _prompt(folder / "toy_fp32.prompt.onnx"),
+        "text": _text(folder / "toy_fp32.text.onnx"),
+        "decoder": _decoder(folder / "toy_fp32.decoder.onnx"),
+    }
+    manifest = Manifest(
+        name="toy_fp32",
+        precision="fp32",
+        backend="onnx",
+        model=MODEL,
+        cache=cache,
+        latent_hw=latent_hw,
+        timestep_shift=5.0,
+        step_lists={},
+        default_plan={"steps": 1, "first_steps": 4},
+        fps=16,
+        display_scale=2,
+        tokenizer={"kind": "vocabulary", "words": WORDS},
+        parts=parts,
+        checkpoint={"name": "toy", "sha256": "0" * 64},
+        tools={"onnx": onnx.__version__},
+    )
+    write_manifest(path, manifest)
+    return ToyEngine(path, manifest)
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> ToyEngine:
+    """Window of 6 frames with 1 sink, blocks of 2."""
+    cache = CacheConfig(block_frames=2, window_frames=6, sink_frames=1)
+    return build_toy(tmp_path_factory.mktemp("toy"), cache)
+
+
+@pytest.fixture
+def own_toy(tmp_path: Path) -> ToyEngine:
+    """A toy engine that a test may spoil; no window, at most 9 frames of 3-frame blocks."""
+    return build_toy(tmp_path, CacheConfig(block_frames=3, max_frames=9))
+
+
+@pytest.fixture
+def respell() -> Callable[..., ToyEngine]:
+    """Write a toy engine's manifest again with other fields."""
+
+    def change(engine: ToyEngine, **fields: object) -> ToyEngine:
+        manifest = replace(engine.manifest, **fields)
+        write_manifest(engine.path, manifest)
+        return ToyEngine(engine.path, manifest)
+
+    return change
+
+
+@pytest.fixture
+def network() -> ToyNetwork:
+    return ToyNetwork()

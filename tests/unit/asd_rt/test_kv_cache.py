@@ -1,0 +1,97 @@
+"""FrameSlots against a naive model that keeps a list of the frames a block may see."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from asd_rt.config import CacheConfig
+from asd_rt.errors import ConfigError
+from asd_rt.kv_cache import FrameSlots, Move, attended_frames
+
+
+@st.composite
+def windows(draw: st.DrawFn) -> CacheConfig:
+    block = draw(st.integers(1, 5))
+    sink = draw(st.integers(0, 7))
+    window = draw(st.integers(sink + block, sink + block + 13))
+    return CacheConfig(block_frames=block, window_frames=window, sink_frames=sink)
+
+
+def seen_by_block(cache: CacheConfig, block: int) -> list[int]:
+    """Frames that a block attends to besides itself: sinks, then the newest that fit."""
+    past = list(range(block * cache.block_frames))
+    if not cache.window_frames:
+        return past
+    sinks, others = past[: cache.sink_frames], past[cache.sink_frames :]
+    room = cache.window_frames - cache.block_frames - len(sinks)
+    return sinks + (others[-room:] if room else [])
+
+
+class Buffer:
+    """A cache of one number a frame, moved and written as a denoiser would."""
+
+    def __init__(self, capacity: int) -> None:
+        self.frames: list[int | None] = [None] * capacity
+
+    def move(self, moves: list[Move]) -> int:
+        for m in moves:
+            self.frames[m.target : m.target + m.frames] = self.frames[
+                m.source : m.source + m.frames
+            ]
+        return sum(m.frames for m in moves)
+
+
+@given(cache=windows(), blocks=st.integers(1, 40))
+@settings(deadline=None)
+def test_window_holds_sinks_and_newest_frames_in_a_contiguous_prefix(cache, blocks) -> None:
+    slots = FrameSlots(cache, blocks * cache.block_frames)
+    buffer = Buffer(slots.capacity_frames)
+    assert slots.capacity_frames == cache.window_frames
+    for block in range(blocks):
+        moved = buffer.move(slots.begin_block())
+        assert moved <= cache.block_frames
+        assert sorted(buffer.frames[: slots.past_frames]) == seen_by_block(cache, block)
+        assert slots.frames_in_order() == seen_by_block(cache, block)
+        assert attended_frames(cache, block * cache.block_frames) == seen_by_block(cache, block)
+        own = slots.block_range()
+        assert own == range(block * cache.block_frames, (block + 1) * cache.block_frames)
+        assert slots.past_frames + len(own) <= slots.capacity_frames
+        buffer.frames[slots.past_frames : slots.past_frames + len(own)] = own
+        slots.commit()
+    assert [buffer.frames[i] for i in slots.slots_in_order()] == slots.frames_in_order()
+
+
+@given(block=st.integers(1, 5), frames=st.integers(1, 60))
+def test_without_a_window_everything_stays_where_it_is(block, frames) -> None:
+    cache = CacheConfig(block_frames=block)
+    slots = FrameSlots(cache, frames)
+    blocks = -(-frames // block)
+    assert slots.capacity_frames == blocks * block
+    for i in range(blocks):
+        assert slots.begin_block() == []
+        assert slots.past_frames == i * block
+        slots.commit()
+    assert slots.slots_in_order() == list(range(blocks * block))
+
+
+def test_neighbouring_frames_move_together() -> None:
+    slots = FrameSlots(CacheConfig(block_frames=3, window_frames=9), 99)
+    for _ in range(3):
+        slots.begin_block()
+        slots.commit()
+    assert slots.begin_block() == [Move(source=6, target=0, frames=3)]
+
+
+def test_longer_than_the_cache() -> None:
+    with pytest.raises(ConfigError, match=r"holds 10.*at most 9 frames.*--max-frames 12"):
+        FrameSlots(CacheConfig(block_frames=3, max_frames=10), 11)
+
+
+def test_going_on_past_the_end() -> None:
+    slots = FrameSlots(CacheConfig(block_frames=2), 2)
+    slots.begin_block()
+    slots.commit()
+    with pytest.raises(ConfigError, match="full at 2 frames"):
+        slots.begin_block()

@@ -1,0 +1,78 @@
+"""Cores that are really usable: affinity, hyper-threads, and both versions of control groups."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from asd_rt import machine
+
+
+def group(root: Path, name: str, files: dict[str, str]) -> None:
+    folder = root / name
+    folder.mkdir(parents=True, exist_ok=True)
+    for file, text in files.items():
+        (folder / file).write_text(text + "\n")
+
+
+def membership(tmp_path: Path, *lines: str) -> Path:
+    path = tmp_path / "membership"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("own", "above", "limit"),
+    [
+        ("max 100000", "max 100000", None),
+        ("150000 100000", "max 100000", 1.5),
+        ("max 100000", "50000 100000", 0.5),
+        ("400000 100000", "200000 100000", 2.0),
+    ],
+)
+def test_cgroup_v2_takes_the_smallest_limit_on_the_way(tmp_path, own, above, limit) -> None:
+    root = tmp_path / "cgroup"
+    group(root, "box", {"cpu.max": above})
+    group(root, "box/job", {"cpu.max": own})
+    assert machine.cgroup_cpu_limit(root, membership(tmp_path, "0::/box/job")) == limit
+
+
+@pytest.mark.parametrize(("quota", "limit"), [("-1", None), ("250000", 2.5)])
+def test_cgroup_v1(tmp_path, quota, limit) -> None:
+    root = tmp_path / "cgroup"
+    group(root, "cpu,cpuacct/job", {"cpu.cfs_quota_us": quota, "cpu.cfs_period_us": "100000"})
+    lines = ("5:memory:/other", "3:cpu,cpuacct:/job", "0::/")
+    assert machine.cgroup_cpu_limit(root, membership(tmp_path, *lines)) == limit
+
+
+def test_no_control_groups(tmp_path) -> None:
+    assert machine.cgroup_cpu_limit(tmp_path / "none", tmp_path / "neither") is None
+
+
+@pytest.mark.parametrize(("limit", "cores"), [(None, 4), (2.5, 3), (0.2, 1), (64.0, 4)])
+def test_usable_cores(monkeypatch, limit, cores) -> None:
+    monkeypatch.setattr(machine, "physical_cores", lambda cpus: 4)
+    monkeypatch.setattr(machine, "cgroup_cpu_limit", lambda: limit)
+    assert machine.usable_cores() == cores
+
+
+def test_hyper_threads_count_once(monkeypatch, tmp_path) -> None:
+    for cpu, siblings in enumerate(("0,2", "1,3", "0,2", "1,3")):
+        group(tmp_path, f"cpu{cpu}/topology", {"thread_siblings_list": siblings})
+    monkeypatch.setattr(machine, "_CPUS", tmp_path)
+    assert machine.physical_cores([0, 1, 2, 3]) == 2
+    assert machine.physical_cores([1, 3]) == 1
+    assert machine.physical_cores([7, 8]) == 2  # unknown: each counts
+
+
+def test_respects_affinity() -> None:
+    allowed = os.sched_getaffinity(0)
+    one = {min(allowed)}
+    os.sched_setaffinity(0, one)
+    try:
+        assert machine.affinity_cpus() == sorted(one)
+        assert machine.usable_cores() == 1
+    finally:
+        os.sched_setaffinity(0, allowed)

@@ -1,0 +1,296 @@
+"""Stage "distill": DMD and adversarial self-distillation on the student's own rollouts.
+
+Every step draws a number of denoising steps n. DMD pulls the n-step rollout towards the teacher's
+distribution; for n < 4 ASD also pulls it towards the student's own (n+1)-step rollouts, a nearer target. One
+set of weights thus serves 1, 2, 3 and 4 steps. Part of the rollouts give the first block all 4 steps, as
+First-Frame Enhancement does at inference. Source: ASD (arXiv 2511.01419), Self Forcing, DMD2.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from asd_rt.schedule import MAX_STEPS, Schedule
+from train.causal_init import jump_after_sinks
+from train.codec import VocabularyEncoder
+from train.config import TrainConfig
+from train.discriminator import Discriminator
+from train.losses import (
+    asd_discriminator_loss,
+    asd_generator_loss,
+    dmd_gradient,
+    dmd_loss,
+    finite_difference_penalty,
+    flow_matching_loss,
+    flow_to_x0,
+    guided_x0,
+    noisy_latents,
+    shifted_sigma,
+)
+from train.model import KeyValue, WanModel, make_rope
+from train.rollout import Rollout, last_passes, rollout
+from train.stage import Ema, Stage, step_generator
+from train.tiny_world import label_tokens, random_labels
+
+REPLAY = 8  # clips batches that the critic may see again
+
+
+def gradient_norm(loss: Tensor, x: Tensor) -> Tensor:
+    """Norm of d loss / d x, keeping the graph."""
+    (gradient,) = torch.autograd.grad(loss, x, retain_graph=True)
+    return gradient.norm()
+
+
+class DistillStage(Stage):
+    """Student, critic and discriminator; the teacher is frozen."""
+
+    name = "distill"
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        seed: int,
+        text: VocabularyEncoder,
+        teacher: dict[str, Tensor],
+        student: dict[str, Tensor],
+        latent_hw: tuple[int, int],
+    ) -> None:
+        settings = config.distill
+        self.config, self.seed, self.text, self.latent_hw = config, seed, text, latent_hw
+        self.steps = settings.steps
+        self.schedule = Schedule(config.timestep_shift)
+        torch.manual_seed(seed)
+        self.teacher, self.critic, self.student = (WanModel(config.model) for _ in range(3))
+        self.teacher.load_state_dict(teacher)
+        self.critic.load_state_dict(teacher)
+        self.student.load_state_dict(student)
+        self.teacher.requires_grad_(False)
+        layers = config.model.num_layers
+        self.feature_layers = sorted({layers // 2 - 1, layers - 1} & set(range(layers)))
+        self.discriminator = Discriminator(config.model.dim, len(self.feature_layers))
+        self.networks = {
+            "student": self.student,
+            "critic": self.critic,
+            "discriminator": self.discriminator,
+        }
+        rates = (settings.student_lr, settings.critic_lr, settings.discriminator_lr)
+        self.optimizers = {
+            name: torch.optim.AdamW(
+                network.parameters(), lr=lr, betas=settings.betas, weight_decay=0.01, fused=True
+            )
+            for (name, network), lr in zip(self.networks.items(), rates, strict=True)
+        }
+        self.ema = Ema(self.student, settings.ema)
+        self.replay: deque[tuple[Tensor, Tensor]] = deque(maxlen=REPLAY)
+
+    # --- pieces of a step
+
+    def _score(
+        self, model: WanModel, x_t: Tensor, sigma: Tensor, context: Tensor, features: bool = False
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Flow and (on request) features of a bidirectional pass at one noise level a clip."""
+        frames, (height, width) = x_t.shape[1], self.latent_hw
+        rope = make_rope(model.config, range(frames), (height // 2, width // 2))
+        collected: list[Tensor] = []
+        flow, _ = model.denoise(
+            x_t,
+            model.embed_time((1000 * sigma)[:, None].expand(-1, frames)),
+            model.embed_prompt(context),
+            rope,
+            features=collected if features else None,
+        )
+        return flow.float(), [collected[i] for i in self.feature_layers] if features else []
+
+    def _rollout(
+        self,
+        prompt: list[KeyValue],
+        steps_per_block: list[int],
+        positions: list[int],
+        generator: torch.Generator,
+    ) -> Rollout:
+        shape = (
+            self.config.distill.batch,
+            len(positions),
+            self.config.model.in_dim,
+            *self.latent_hw,
+        )
+        noise = torch.randn(shape, generator=generator)
+        return rollout(
+            self.student,
+            self.config.cache,
+            self.schedule,
+            noise,
+            prompt,
+            steps_per_block,
+            lambda block, step, like: torch.randn(like.shape, generator=generator),
+            positions=positions,
+        )
+
+    def _update(self, name: str, loss: Tensor) -> float:
+        optimizer = self.optimizers[name]
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(
+            self.networks[name].parameters(), self.config.distill.grad_clip
+        )
+        optimizer.step()
+        return norm.item()
+
+    def _sigma(self, count: int, generator: torch.Generator) -> Tensor:
+        u = torch.rand(count, generator=generator)
+        return shifted_sigma(u, self.config.timestep_shift).clamp(0.02, 0.98)
+
+    # --- one step
+
+    def step(self, index: int) -> dict[str, float]:
+        settings, cache = self.config.distill, self.config.cache
+        generator = step_generator(self.seed, self.name, index)
+
+        def chance() -> float:
+            return torch.rand(1, generator=generator).item()
+
+        weights = torch.tensor(settings.step_weights)
+        n = 1 + int(torch.multinomial(weights, 1, generator=generator))
+        labels = random_labels(settings.batch, generator)
+        context = self.text(label_tokens(labels, self.config.model.text_len))
+        enhanced = n < MAX_STEPS and chance() < settings.first_steps_share
+        use_asd = n < MAX_STEPS and settings.asd_ratio > 0 and index >= settings.asd_warmup
+        # Most rollouts are one clip long; the others run on, so that window and sinks are trained too.
+        window = self.config.clip_frames
+        long = settings.frames > window and chance() < settings.long_share
+        frames = settings.frames if long else window
+        first = 0
+        positions = list(range(frames))
+        if long:
+            positions = jump_after_sinks(cache, frames, generator)
+            earliest = cache.block_frames if positions[-1] >= frames else 0
+            choices = range(earliest, frames - window + 1, cache.block_frames)
+            first = choices[int(torch.randint(len(choices), (1,), generator=generator))]
+        blocks = frames // cache.block_frames
+
+        def plan(steps: int) -> list[int]:
+            return [MAX_STEPS if enhanced else steps] + [steps] * (blocks - 1)
+
+        with torch.autocast("cpu", torch.bfloat16):
+            with torch.no_grad():
+                prompt = self.student.embed_prompt(context)
+            done = self._rollout(prompt, plan(n), positions, generator)
+            x = last_passes(
+                self.student, cache, done, self.student.embed_prompt(context), first, window
+            )
+            sigma = self._sigma(settings.batch, generator)
+            noise = torch.randn(x.shape, generator=generator)
+            x_t = noisy_latents(x, noise, sigma)
+            figures = {"n": float(n)}
+            gradient = self._dmd_gradient(x.detach(), x_t.detach(), sigma, context)
+            loss = dmd_loss(x, gradient)
+            figures["dmd"] = gradient.abs().mean().item()
+            steps = torch.full((settings.batch,), n)
+            if use_asd:
+                target = self._rollout(prompt, plan(n + 1), positions, generator)
+                real = target.latents[:, first : first + window]
+                real_t = noisy_latents(real, noise, sigma)
+                loss = loss + self._asd_generator(x, loss, x_t, real_t, sigma, context, steps)
+        figures["grad_norm"] = self._update("student", loss)
+        self.ema.update(self.student, settings.ema if index >= settings.ema_start else 0.0)
+
+        if use_asd:
+            figures["disc"] = self._discriminator_step(
+                x_t.detach(), real_t, sigma, context, steps, generator
+            )
+        self.replay.append((x.detach().to(torch.bfloat16), context))
+        losses = []
+        for update in range(settings.critic_updates):
+            pick = len(self.replay) - 1 if update == 0 else int(chance() * len(self.replay))
+            losses.append(self._critic_step(*self.replay[pick], generator))
+        figures["critic"] = sum(losses) / max(1, len(losses))
+        return {"loss": figures.pop("dmd"), **figures}
+
+    @torch.no_grad()
+    def _dmd_gradient(self, x: Tensor, x_t: Tensor, sigma: Tensor, context: Tensor) -> Tensor:
+        both, _ = self._score(
+            self.teacher,
+            torch.cat([x_t, x_t]),
+            torch.cat([sigma, sigma]),
+            torch.cat([context, torch.zeros_like(context)]),
+        )
+        fake, _ = self._score(self.critic, x_t, sigma, context)
+        cond, uncond = both.chunk(2)
+        flow = guided_x0(cond, uncond, self.config.distill.guidance)
+        return dmd_gradient(x, flow_to_x0(fake, x_t, sigma), flow_to_x0(flow, x_t, sigma))
+
+    def _asd_generator(
+        self,
+        x: Tensor,
+        dmd: Tensor,
+        x_t: Tensor,
+        real_t: Tensor,
+        sigma: Tensor,
+        context: Tensor,
+        steps: Tensor,
+    ) -> Tensor:
+        """ASD loss scaled so that its gradient on x is `asd_ratio` times DMD's."""
+        with torch.no_grad():
+            _, real_features = self._score(self.teacher, real_t, sigma, context, features=True)
+            real = self.discriminator(real_features, steps, sigma)
+        _, features = self._score(self.teacher, x_t, sigma, context, features=True)
+        loss = asd_generator_loss(self.discriminator(features, steps, sigma), real)
+        ratio = gradient_norm(dmd, x) / gradient_norm(loss, x).clamp_min(1e-12)
+        return self.config.distill.asd_ratio * ratio * loss
+
+    def _discriminator_step(
+        self,
+        fake_t: Tensor,
+        real_t: Tensor,
+        sigma: Tensor,
+        context: Tensor,
+        steps: Tensor,
+        generator: torch.Generator,
+    ) -> float:
+        settings = self.config.distill
+        clips = torch.cat([fake_t, real_t])
+        shaken = clips + settings.regularise_sigma * torch.randn(clips.shape, generator=generator)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            _, features = self._score(
+                self.teacher,
+                torch.cat([clips, shaken]),
+                sigma.repeat(4),
+                context.repeat(4, 1, 1),
+                features=True,
+            )
+        logits = self.discriminator(features, steps.repeat(4), sigma.repeat(4))
+        fake, real, fake_shaken, real_shaken = logits.chunk(4)
+        loss = asd_discriminator_loss(fake, real)
+        penalty = settings.r1_weight * finite_difference_penalty(real, real_shaken)
+        penalty = penalty + settings.r2_weight * finite_difference_penalty(fake, fake_shaken)
+        self._update("discriminator", loss + penalty / settings.regularise_sigma**2)
+        return loss.item()
+
+    def _critic_step(self, x: Tensor, context: Tensor, generator: torch.Generator) -> float:
+        x = x.float()
+        sigma = self._sigma(len(x), generator)
+        noise = torch.randn(x.shape, generator=generator)
+        with torch.autocast("cpu", torch.bfloat16):
+            flow, _ = self._score(self.critic, noisy_latents(x, noise, sigma), sigma, context)
+        loss = flow_matching_loss(flow, x, noise)
+        self._update("critic", loss)
+        return loss.item()
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "networks": {k: m.state_dict() for k, m in self.networks.items()},
+            "optimizers": {k: o.state_dict() for k, o in self.optimizers.items()},
+            "ema": self.ema.values,
+            "replay": list(self.replay),
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        for name, network in self.networks.items():
+            network.load_state_dict(state["networks"][name])
+            self.optimizers[name].load_state_dict(state["optimizers"][name])
+        self.ema.values = state["ema"]
+        self.replay.extend(tuple(item) for item in state["replay"])
