@@ -1,0 +1,151 @@
+"""Stages resume exactly, refuse foreign checkpoints, and leave good files alone."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from asd_rt.errors import CheckpointError, ConfigError
+from train.causal_init import InitStage
+from train.classifier import ClassifierStage
+from train.codec import LinearCodec, VocabularyEncoder
+from train.config import TrainConfig, fingerprint, load_config
+from train.distill import DistillStage
+from train.model import WanModel
+from train.stage import Ema, Stage, run_stage, save_torch, step_generator, warmup_cosine
+from train.teacher import TeacherStage
+
+CONFIG = Path(__file__).parents[3] / "train" / "configs" / "tiny.toml"
+
+
+@pytest.fixture(scope="module")
+def config() -> TrainConfig:
+    smoke = load_config(CONFIG).smoke()
+    model = replace(smoke.model, dim=48, ffn_dim=64, num_heads=2, num_layers=2, in_dim=8, out_dim=8)
+    return replace(
+        smoke, model=model, distill=replace(smoke.distill, steps=6, asd_warmup=0, long_share=0.5)
+    )
+
+
+def make(name: str, config: TrainConfig) -> Stage:
+    torch.manual_seed(0)
+    codec, text = LinearCodec(8), VocabularyEncoder(32)
+    from train.tiny_world import TinyWorld
+
+    codec.fit(TinyWorld(), 0)
+    weights = WanModel(config.model).state_dict()
+    if name == "classifier":
+        return ClassifierStage(config, 0, codec)
+    if name == "teacher":
+        return TeacherStage(config, 0, codec, text)
+    if name == "init":
+        return InitStage(config, 0, codec, text, weights)
+    return DistillStage(config, 0, text, weights, weights, (8, 8))
+
+
+@pytest.mark.parametrize("name", ["classifier", "teacher", "init", "distill"])
+def test_a_resumed_stage_goes_on_bit_for_bit(name: str, config: TrainConfig) -> None:
+    whole = make(name, config)
+    figures = [whole.step(i) for i in range(4)]
+    first = make(name, config)
+    for i in range(2):
+        first.step(i)
+    second = make(name, config)
+    second.load(first.state())
+    assert [second.step(i) for i in range(2, 4)] == figures[2:]
+
+
+class Counter(Stage):
+    """Counts; breaks where it is told to."""
+
+    name = "counter"
+    steps = 5
+
+    def __init__(self, bad_step: int = -1) -> None:
+        self.count, self.bad_step = 0, bad_step
+
+    def step(self, index: int) -> dict[str, float]:
+        self.count += 1
+        return {"loss": float("nan") if index == self.bad_step else float(index)}
+
+    def state(self) -> dict[str, int]:
+        return {"count": self.count}
+
+    def load(self, state: dict[str, int]) -> None:
+        self.count = state["count"]
+
+
+def test_a_finished_stage_is_not_repeated(tmp_path: Path) -> None:
+    run_stage(Counter(), tmp_path, "a")
+    again = Counter()
+    run_stage(again, tmp_path, "a")
+    assert again.count == 5
+    lines = [json.loads(line) for line in (tmp_path / "curve.jsonl").read_text().splitlines()]
+    assert [line["loss"] for line in lines] == [0, 1, 2, 3, 4]
+
+
+def test_another_configuration_is_refused(tmp_path: Path) -> None:
+    run_stage(Counter(), tmp_path, "a")
+    with pytest.raises(ConfigError, match="another configuration or seed"):
+        run_stage(Counter(), tmp_path, "b")
+
+
+def test_a_figure_that_is_not_finite_stops_the_stage(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="step 3: a figure is not finite"):
+        run_stage(Counter(bad_step=3), tmp_path, "a")
+    assert not (tmp_path / "counter.pt").exists()
+
+
+def test_a_damaged_checkpoint_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "counter.pt").write_bytes(b"not a checkpoint")
+    with pytest.raises(CheckpointError, match="not a readable checkpoint"):
+        run_stage(Counter(), tmp_path, "a")
+
+
+def test_a_failed_save_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "x.pt"
+    save_torch({"value": 1}, path)
+
+    def full_disk(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(CheckpointError, match="No space left"):
+        save_torch({"value": 2}, path)
+    monkeypatch.undo()
+    assert torch.load(path, weights_only=True) == {"value": 1}
+
+
+def test_fingerprint_depends_on_what_a_stage_uses(config: TrainConfig) -> None:
+    other = replace(config, distill=replace(config.distill, steps=99))
+    assert fingerprint(config, 0, "teacher") == fingerprint(other, 0, "teacher")
+    assert fingerprint(config, 0, "distill") != fingerprint(other, 0, "distill")
+    assert fingerprint(config, 0, "teacher") != fingerprint(config, 1, "teacher")
+
+
+def test_streams_of_steps_differ() -> None:
+    draws = {
+        torch.rand(1, generator=step_generator(seed, stage, i)).item()
+        for seed in (0, 1)
+        for stage in ("teacher", "init")
+        for i in range(5)
+    }
+    assert len(draws) == 20
+
+
+def test_ema_and_schedule() -> None:
+    model = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.zeros_(model.weight)
+    ema = Ema(model, 0.9)
+    torch.nn.init.ones_(model.weight)
+    ema.update(model)
+    torch.testing.assert_close(ema.values["weight"], torch.tensor([[0.1]]))
+    ema.update(model, 0.0)
+    torch.testing.assert_close(ema.values["weight"], torch.ones(1, 1))
+    assert warmup_cosine(0, 100, 10) == pytest.approx(0.1)
+    assert warmup_cosine(10, 100, 10) == pytest.approx(1.0)
+    assert warmup_cosine(99, 100, 10) < 0.03

@@ -1,0 +1,93 @@
+"""Clips are what their prompts say."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from asd_rt.errors import ConfigError
+from asd_rt.tokenizer import tokenize
+from train.codec import LinearCodec, VocabularyEncoder
+from train.tiny_world import (
+    COLOURS,
+    DIGITS,
+    DIRECTIONS,
+    TinyWorld,
+    label_tokens,
+    prompt_text,
+    random_labels,
+    vocabulary,
+)
+
+
+@pytest.fixture(scope="module")
+def world() -> TinyWorld:
+    return TinyWorld("train")
+
+
+def test_splits_share_no_glyph(world: TinyWorld) -> None:
+    test = TinyWorld("test")
+    assert len(world.glyphs) + len(test.glyphs) == 1797
+    train_set = {g.numpy().tobytes() for g in world.glyphs}
+    shared = sum(g.numpy().tobytes() in train_set for g in test.glyphs)
+    assert shared == 0
+    with pytest.raises(ConfigError, match="train or test"):
+        TinyWorld("all")
+
+
+def test_motion_is_one_pixel_a_frame_and_wraps(world: TinyWorld) -> None:
+    for direction, (dy, dx) in enumerate(DIRECTIONS.values()):
+        labels = torch.tensor([[3, 0, direction]])
+        clip = world.draw(1, 40, torch.Generator().manual_seed(7), labels)
+        frames = clip.frames[0]
+        for f in (0, 17, 38):
+            moved = torch.roll(frames[f], (dy, dx), dims=(1, 2))
+            torch.testing.assert_close(frames[f + 1], moved)
+
+
+def test_asked_labels_are_drawn(world: TinyWorld) -> None:
+    labels = random_labels(20, torch.Generator().manual_seed(3))
+    clips = world.draw(20, 2, torch.Generator().manual_seed(4), labels)
+    found = torch.stack([clips.digit, clips.colour, clips.direction], dim=1)
+    assert torch.equal(found, labels)
+    assert clips.frames.min() >= 0
+    assert clips.frames.max() <= 1
+
+
+def test_training_tokens_are_the_runtime_tokenizers() -> None:
+    """The student must read a prompt as it was trained on it."""
+    words = vocabulary()
+    every = [
+        (d, c, m) for d in range(len(DIGITS)) for c in range(len(COLOURS)) for m in range(len(DIRECTIONS))
+    ]
+    tokens = label_tokens(torch.tensor(every), 8)
+    for row, labels in zip(tokens, every, strict=True):
+        runtime = tokenize(prompt_text(*labels), words, 8)[0]
+        assert sorted(runtime.tolist()) == sorted(row.tolist())
+
+
+def test_left_out_attributes_are_padding() -> None:
+    labels = torch.tensor([[3, 0, 1]])
+    keep = torch.tensor([[True, False, False]])
+    tokens = label_tokens(labels, 8, keep)
+    assert (tokens != 0).sum() == 1
+
+
+def test_codec_round_trip_loses_little(world: TinyWorld) -> None:
+    codec = LinearCodec(24)
+    lost = codec.fit(world, 0)
+    assert lost < 0.02
+    frames = world.draw(4, 3, torch.Generator().manual_seed(1)).frames
+    latents = codec.encode(frames)
+    assert latents.shape == (4, 3, 24, 8, 8)
+    assert (codec.decode(latents) - frames).pow(2).mean() < 1e-3
+    assert abs(latents.pow(2).mean().item() - 1) < 0.3
+    full = LinearCodec(48)
+    full.fit(world, 0)
+    torch.testing.assert_close(full.decode(full.encode(frames)), frames, atol=1e-4, rtol=0)
+
+
+def test_padding_token_is_the_zero_vector() -> None:
+    encoder = VocabularyEncoder(16)
+    assert encoder(torch.zeros(1, 3, dtype=torch.long)).abs().max() == 0
+    assert encoder(torch.ones(1, 1, dtype=torch.long)).abs().max() > 0
