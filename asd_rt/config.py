@@ -38,7 +38,9 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], where: str) -> T:
 def _require_int(where: str, minimum: int, **values: object) -> None:
     for name, value in values.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-            raise ConfigError(f"{where}: {name} must be a whole number >= {minimum}, found {value!r}")
+            raise ConfigError(
+                f"{where}: {name} must be a whole number >= {minimum}, found {value!r}"
+            )
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,9 @@ class ModelConfig:
             num_layers=self.num_layers,
         )
         if self.dim % self.num_heads:
-            raise ConfigError(f"model config: dim {self.dim} is not a multiple of num_heads {self.num_heads}")
+            raise ConfigError(
+                f"model config: dim {self.dim} is not a multiple of num_heads {self.num_heads}"
+            )
         if self.head_dim % 2 or self.head_dim < 6:
             raise ConfigError(
                 f"model config: dim / num_heads must be even and at least 6 for rotary positions over "
@@ -87,7 +91,9 @@ class ModelConfig:
         if self.freq_dim % 2:
             raise ConfigError(f"model config: freq_dim must be even, found {self.freq_dim}")
         if tuple(self.patch_size) != (1, 2, 2):
-            raise ConfigError(f"model config: patch_size must be [1, 2, 2], found {list(self.patch_size)}")
+            raise ConfigError(
+                f"model config: patch_size must be [1, 2, 2], found {list(self.patch_size)}"
+            )
 
     @property
     def head_dim(self) -> int:

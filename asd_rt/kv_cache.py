@@ -31,7 +31,15 @@ class FrameSlots:
         past_frames: valid prefix that the current block attends to besides itself.
     """
 
-    __slots__ = ("block_frames", "capacity_frames", "committed_frames", "past_frames", "sink_frames", "_held", "_windowed")
+    __slots__ = (
+        "_held",
+        "_windowed",
+        "block_frames",
+        "capacity_frames",
+        "committed_frames",
+        "past_frames",
+        "sink_frames",
+    )
 
     def __init__(self, cache: CacheConfig, total_frames: int) -> None:
         """A cache for a video of `total_frames` latent frames (rounded up to whole blocks).

@@ -38,9 +38,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, required=True, help="folder of the run")
     parser.add_argument("--seed", type=int, default=0, help="seed of everything (default 0)")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
-    parser.add_argument("--smoke", action="store_true", help="a few steps a stage, to test the code")
-    parser.add_argument("--stages", default=",".join(STAGES), help=f"comma-separated, of {','.join(STAGES)}")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: usable cores)")
+    parser.add_argument(
+        "--smoke", action="store_true", help="a few steps a stage, to test the code"
+    )
+    parser.add_argument(
+        "--stages", default=",".join(STAGES), help=f"comma-separated, of {','.join(STAGES)}"
+    )
+    parser.add_argument(
+        "--threads", type=int, default=0, help="CPU threads (default: usable cores)"
+    )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
@@ -57,7 +63,9 @@ def main(argv: list[str] | None = None) -> int:
         stages = [name.strip() for name in args.stages.split(",") if name.strip()]
         unknown = [name for name in stages if name not in STAGES]
         if unknown or not stages:
-            parser.error(f"--stages: unknown {', '.join(unknown) or 'empty list'}; known: {', '.join(STAGES)}")
+            parser.error(
+                f"--stages: unknown {', '.join(unknown) or 'empty list'}; known: {', '.join(STAGES)}"
+            )
         if args.seed < 0:
             raise ConfigError(f"--seed must be a whole number >= 0, found {args.seed}")
         config = load_config(args.config)
@@ -73,7 +81,11 @@ def main(argv: list[str] | None = None) -> int:
             + f"--config {args.config} --seed {args.seed}"
             + (" --smoke" if args.smoke else ""),
         )
-        logging.info("done in %.1f minutes; student: %s", (time.monotonic() - began) / 60, args.out / "student")
+        logging.info(
+            "done in %.1f minutes; student: %s",
+            (time.monotonic() - began) / 60,
+            args.out / "student",
+        )
     except AsdError as error:
         if args.debug:
             raise

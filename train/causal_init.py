@@ -69,7 +69,9 @@ class InitStage(Stage):
         self.optimizer = MuonAdam(self.model, config.init.muon_lr, config.init.adam_lr)
         self.ema = Ema(self.model, config.init.ema)
         self.world = TinyWorld("train")
-        self.levels = torch.tensor([s.sigma for s in Schedule(config.timestep_shift).steps(MAX_STEPS)])
+        self.levels = torch.tensor(
+            [s.sigma for s in Schedule(config.timestep_shift).steps(MAX_STEPS)]
+        )
 
     def _flow(
         self, x: Tensor, timesteps: Tensor, context: Tensor, cos: Tensor, sin: Tensor, mask: Tensor

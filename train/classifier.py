@@ -34,7 +34,9 @@ class Classifier(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.look = nn.Sequential(_conv(3, 32, 2), _conv(32, 64), _conv(64, 96, 2), _conv(96, 128), _conv(128, FEATURES))
+        self.look = nn.Sequential(
+            _conv(3, 32, 2), _conv(32, 64), _conv(64, 96, 2), _conv(96, 128), _conv(128, FEATURES)
+        )
         self.move = nn.Sequential(_conv(6, 32, 2), _conv(32, 64), _conv(64, 64, 2))
         self.digit = nn.Linear(2 * FEATURES, len(DIGITS))
         self.colour = nn.Linear(2 * FEATURES, len(COLOURS))
@@ -49,7 +51,9 @@ class Classifier(nn.Module):
     def forward(self, frames: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         look = self.features(frames)
         pairs = torch.cat([frames[:, :-1], frames[:, 1:]], dim=2) - 0.2
-        move = self.move(pairs.flatten(0, 1)).mean(dim=(2, 3)).view(*pairs.shape[:2], -1).mean(dim=1)
+        move = (
+            self.move(pairs.flatten(0, 1)).mean(dim=(2, 3)).view(*pairs.shape[:2], -1).mean(dim=1)
+        )
         return self.digit(look), self.colour(look), self.direction(move)
 
 
@@ -86,7 +90,9 @@ class ClassifierStage(Stage):
         self.steps = config.classifier.steps
         torch.manual_seed(seed)
         self.model = Classifier()
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=config.classifier.lr, weight_decay=0.05)
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=config.classifier.lr, weight_decay=0.05
+        )
         self.world = TinyWorld("train")
 
     def step(self, index: int) -> dict[str, float]:

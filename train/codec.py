@@ -59,7 +59,9 @@ class LinearCodec(nn.Module):
         """Latents [B, F, channels, h, w] -> frames [B, F, 3, 4h, 4w] in -1..1 (unclamped)."""
         batch, count, _, height, width = latents.shape
         pixels = F.linear(latents.permute(0, 1, 3, 4, 2), self.decoder, self.ground) * 2 - 1
-        pixels = pixels.view(batch, count, height, width, 3, PATCH, PATCH).permute(0, 1, 4, 2, 5, 3, 6)
+        pixels = pixels.view(batch, count, height, width, 3, PATCH, PATCH).permute(
+            0, 1, 4, 2, 5, 3, 6
+        )
         return pixels.reshape(batch, count, 3, height * PATCH, width * PATCH)
 
     def decode(self, latents: Tensor) -> Tensor:

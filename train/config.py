@@ -76,7 +76,9 @@ class DistillConfig:
 
     def __post_init__(self) -> None:
         if len(self.step_weights) != 4 or min(self.step_weights) < 0 or sum(self.step_weights) <= 0:
-            raise ConfigError(f"distill: step_weights must be 4 numbers >= 0, found {self.step_weights}")
+            raise ConfigError(
+                f"distill: step_weights must be 4 numbers >= 0, found {self.step_weights}"
+            )
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,9 @@ class TrainConfig:
             ("distill.frames", self.distill.frames),
         ):
             if frames % block or frames < block:
-                raise ConfigError(f"{name} {frames} is not a multiple of cache.block_frames {block}")
+                raise ConfigError(
+                    f"{name} {frames} is not a multiple of cache.block_frames {block}"
+                )
         if self.distill.frames < self.clip_frames:
             raise ConfigError(
                 f"distill.frames {self.distill.frames} is smaller than clip_frames {self.clip_frames}"
@@ -141,7 +145,9 @@ def load_config(path: Path) -> TrainConfig:
     try:
         values = tomllib.loads(path.read_text())
     except FileNotFoundError as error:
-        raise ConfigError(f"{path}: no such file; shipped configurations are in train/configs/") from error
+        raise ConfigError(
+            f"{path}: no such file; shipped configurations are in train/configs/"
+        ) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
         raise ConfigError(f"{path}: cannot be read as TOML: {error}") from error
     missing = sorted({f.name for f in fields(TrainConfig)} - set(values))

@@ -29,7 +29,8 @@ class Discriminator(nn.Module):
         self.norms = nn.ModuleList(nn.LayerNorm(dim) for _ in range(layers))
         self.keys_values = nn.ModuleList(nn.Linear(dim, 2 * dim) for _ in range(layers))
         self.outs = nn.ModuleList(
-            nn.Sequential(nn.Linear(queries * dim, dim), nn.SiLU(), nn.Linear(dim, 1)) for _ in range(layers)
+            nn.Sequential(nn.Linear(queries * dim, dim), nn.SiLU(), nn.Linear(dim, 1))
+            for _ in range(layers)
         )
 
     def forward(self, features: list[Tensor], steps: Tensor, sigma: Tensor) -> Tensor:
@@ -38,8 +39,17 @@ class Discriminator(nn.Module):
         logits = torch.zeros(len(steps))
         for i, feature in enumerate(features):
             x = self.norms[i](feature.flatten(1, 2).float())
-            k, v = self.keys_values[i](x).unflatten(-1, (self.heads, -1)).transpose(1, 2).chunk(2, dim=-1)
-            q = (self.queries[i] + condition[:, None]).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            k, v = (
+                self.keys_values[i](x)
+                .unflatten(-1, (self.heads, -1))
+                .transpose(1, 2)
+                .chunk(2, dim=-1)
+            )
+            q = (
+                (self.queries[i] + condition[:, None])
+                .unflatten(-1, (self.heads, -1))
+                .transpose(1, 2)
+            )
             attention = F.softmax(q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5, dim=-1)
             logits = logits + self.outs[i]((attention @ v).transpose(1, 2).flatten(1))[:, 0]
         return logits

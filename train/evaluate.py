@@ -81,7 +81,11 @@ class Row:
 
 
 def score(
-    name: str, classifier: Classifier, frames: Tensor, labels: Tensor, reference: NDArray[np.float64]
+    name: str,
+    classifier: Classifier,
+    frames: Tensor,
+    labels: Tensor,
+    reference: NDArray[np.float64],
 ) -> Row:
     """Judge clips against the `labels` [N, 3] they were asked to show; `reference`: features of real clips."""
     found, features = judge(classifier, frames)
@@ -156,7 +160,9 @@ def sample_all(
     return torch.cat([sampler(part, frames, 10_000 + i) for i, part in enumerate(bar)])
 
 
-def real_reference(classifier: Classifier, codec: LinearCodec, clips: int, frames: int) -> NDArray[np.float64]:
+def real_reference(
+    classifier: Classifier, codec: LinearCodec, clips: int, frames: int
+) -> NDArray[np.float64]:
     """Features of real training clips after the codec: what a perfect generator would show."""
     real = TinyWorld("train").draw(clips, frames, torch.Generator().manual_seed(77)).frames
     return judge(classifier, codec.decode(codec.encode(real)))[1].double().numpy()

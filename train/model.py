@@ -28,7 +28,10 @@ Rope = tuple[Tensor, Tensor]
 
 
 def make_rope(
-    config: ModelConfig, frames: range | list[int], token_hw: tuple[int, int], device: torch.device | str = "cpu"
+    config: ModelConfig,
+    frames: range | list[int],
+    token_hw: tuple[int, int],
+    device: torch.device | str = "cpu",
 ) -> Rope:
     """(cos, sin) of the tokens of `frames`, each float32 [tokens, head_dim / 2]."""
     cos, sin = rope_table(config.head_dim, torch.as_tensor(list(frames)).numpy(), *token_hw)
@@ -116,7 +119,9 @@ class Block(nn.Module):
         self.cross_attn = Attention(config)
         self.norm3 = nn.LayerNorm(dim, eps=config.eps)
         self.ffn = nn.Sequential(
-            nn.Linear(dim, config.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(config.ffn_dim, dim)
+            nn.Linear(dim, config.ffn_dim),
+            nn.GELU(approximate="tanh"),
+            nn.Linear(config.ffn_dim, dim),
         )
 
     def norm(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -172,7 +177,9 @@ class WanModel(nn.Module):
         self.text_embedding = nn.Sequential(
             nn.Linear(config.text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim)
         )
-        self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.time_embedding = nn.Sequential(
+            nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim)
+        )
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.head = Head(config)
@@ -235,7 +242,9 @@ class WanModel(nn.Module):
         """
         batch, frames, channels, height, width = latents.shape
         rows, columns = height // 2, width // 2
-        x = latents.reshape(batch, frames, channels, rows, 2, columns, 2).permute(0, 1, 3, 5, 2, 4, 6)
+        x = latents.reshape(batch, frames, channels, rows, 2, columns, 2).permute(
+            0, 1, 3, 5, 2, 4, 6
+        )
         x = x.reshape(batch, frames, rows * columns, channels * 4)
         x = F.linear(x, self.patch_embedding.weight.flatten(1), self.patch_embedding.bias)
 
@@ -262,5 +271,7 @@ class WanModel(nn.Module):
         """
         token_hw = (latents.shape[3] // 2, latents.shape[4] // 2)
         rope = make_rope(self.config, range(latents.shape[1]), token_hw, latents.device)
-        flow, _ = self.denoise(latents, self.embed_time(timesteps), self.embed_prompt(context), rope)
+        flow, _ = self.denoise(
+            latents, self.embed_time(timesteps), self.embed_prompt(context), rope
+        )
         return flow

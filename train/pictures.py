@@ -8,7 +8,9 @@ import numpy as np
 from torch import Tensor
 
 
-def contact_sheet(frames: Tensor, path: Path, every: int = 2, scale: int = 2, columns: int = 2) -> None:
+def contact_sheet(
+    frames: Tensor, path: Path, every: int = 2, scale: int = 2, columns: int = 2
+) -> None:
     """Write clips float [N, F, 3, H, W] in 0..1 as a PNG: every `every`-th frame, gutters between."""
     from PIL import Image
 

@@ -70,7 +70,9 @@ def run(
     """
     torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
     if not resume and any(out.glob("*.pt")):
-        raise ConfigError(f"{out} already holds a run; go on with it by --resume, or name another --out")
+        raise ConfigError(
+            f"{out} already holds a run; go on with it by --resume, or name another --out"
+        )
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -108,7 +110,9 @@ class _World:
             raise ConfigError(f"{path}: missing; run the stage {stage} first (--stages {stage})")
         saved = load_torch(path)
         if saved["fingerprint"] != fingerprint(self.config, self.seed, stage):
-            raise ConfigError(f"{path}: made with another configuration or seed; delete it to train it again")
+            raise ConfigError(
+                f"{path}: made with another configuration or seed; delete it to train it again"
+            )
         total = getattr(self.config, stage).steps
         if saved["step"] < total:
             raise ConfigError(
@@ -154,7 +158,12 @@ def _sheet(world: _World, stage: str) -> None:
 def _teacher(world: _World, model: WanModel) -> Any:
     config = world.config
     return teacher_sampler(
-        model, world.codec, world.text, TEACHER_STEPS, config.distill.guidance, config.timestep_shift
+        model,
+        world.codec,
+        world.text,
+        TEACHER_STEPS,
+        config.distill.guidance,
+        config.timestep_shift,
     )
 
 

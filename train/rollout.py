@@ -115,11 +115,20 @@ def rollout(
             last_steps.append(plan[-1])
         latents[:, span] = x0
         _, new = model.denoise(x0, time_of(0.0), prompt, rope, past)
-        kv = [KeyValue(torch.cat([a.k, b.k]), torch.cat([a.v, b.v])) for a, b in zip(kv, new, strict=True)] if kv else new
+        kv = (
+            [
+                KeyValue(torch.cat([a.k, b.k]), torch.cat([a.v, b.v]))
+                for a, b in zip(kv, new, strict=True)
+            ]
+            if kv
+            else new
+        )
     return Rollout(latents, last_inputs, last_steps, kv, positions)
 
 
-def attention_mask(cache: CacheConfig, past_frames: int, first: int, frames: int, tokens: int) -> Tensor:
+def attention_mask(
+    cache: CacheConfig, past_frames: int, first: int, frames: int, tokens: int
+) -> Tensor:
     """What the blocks of frames [first, first + frames) see: cached frames by the window, then themselves.
 
     Returns:
@@ -135,7 +144,12 @@ def attention_mask(cache: CacheConfig, past_frames: int, first: int, frames: int
 
 
 def last_passes(
-    model: WanModel, cache: CacheConfig, done: Rollout, prompt: list[KeyValue], first: int, frames: int
+    model: WanModel,
+    cache: CacheConfig,
+    done: Rollout,
+    prompt: list[KeyValue],
+    first: int,
+    frames: int,
 ) -> Tensor:
     """x0 of frames [first, first + frames) of a rollout, with gradient through each block's last pass.
 

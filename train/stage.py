@@ -23,7 +23,8 @@ SAVE_EVERY_S = 120.0
 
 class Stage(ABC):
     """One stage of training. All randomness of step i derives from (seed, stage, i), so a resumed stage
-    goes on exactly where it was."""
+    goes on exactly where it was.
+    """
 
     name: str
     steps: int
@@ -55,7 +56,9 @@ def save_torch(state: dict[str, Any], path: Path) -> None:
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
-        raise CheckpointError(f"{path}: cannot be saved ({error}); the file before it is intact") from error
+        raise CheckpointError(
+            f"{path}: cannot be saved ({error}); the file before it is intact"
+        ) from error
 
 
 def load_torch(path: Path) -> dict[str, Any]:
@@ -67,7 +70,9 @@ def load_torch(path: Path) -> dict[str, Any]:
     try:
         state: dict[str, Any] = torch.load(path, weights_only=True)
     except Exception as error:  # torch raises many kinds for a damaged file
-        raise CheckpointError(f"{path}: not a readable checkpoint ({error}); delete it to start over") from error
+        raise CheckpointError(
+            f"{path}: not a readable checkpoint ({error}); delete it to start over"
+        ) from error
     return state
 
 
@@ -149,10 +154,16 @@ class MuonAdam:
     """Muon for the matrices inside the blocks, AdamW for everything else."""
 
     def __init__(self, model: nn.Module, muon_lr: float, adam_lr: float) -> None:
-        matrices = [p for n, p in model.named_parameters() if n.startswith("blocks.") and p.ndim == 2]
-        others = [p for n, p in model.named_parameters() if not (n.startswith("blocks.") and p.ndim == 2)]
+        matrices = [
+            p for n, p in model.named_parameters() if n.startswith("blocks.") and p.ndim == 2
+        ]
+        others = [
+            p for n, p in model.named_parameters() if not (n.startswith("blocks.") and p.ndim == 2)
+        ]
         self.parts: list[torch.optim.Optimizer] = [
-            torch.optim.Muon(matrices, lr=muon_lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.Muon(
+                matrices, lr=muon_lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"
+            ),
             torch.optim.AdamW(others, lr=adam_lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True),
         ]
         self.lrs = [muon_lr, adam_lr]

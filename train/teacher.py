@@ -16,7 +16,11 @@ from train.tiny_world import Clips, TinyWorld, label_tokens
 
 
 def prompt_tokens(
-    clips: Clips, text_len: int, drop_prompt: float, drop_attribute: float, generator: torch.Generator
+    clips: Clips,
+    text_len: int,
+    drop_prompt: float,
+    drop_attribute: float,
+    generator: torch.Generator,
 ) -> Tensor:
     """Token ids of the clips' prompts with whole prompts and single attributes left out at random."""
     labels = torch.stack([clips.digit, clips.colour, clips.direction], dim=1)
@@ -30,7 +34,9 @@ class TeacherStage(Stage):
 
     name = "teacher"
 
-    def __init__(self, config: TrainConfig, seed: int, codec: LinearCodec, text: VocabularyEncoder) -> None:
+    def __init__(
+        self, config: TrainConfig, seed: int, codec: LinearCodec, text: VocabularyEncoder
+    ) -> None:
         self.config, self.seed, self.codec, self.text = config, seed, codec, text
         self.steps = config.teacher.steps
         torch.manual_seed(seed)
@@ -46,7 +52,11 @@ class TeacherStage(Stage):
         clips = self.world.draw(settings.batch, self.config.clip_frames, generator)
         x0 = self.codec.encode(clips.frames)
         tokens = prompt_tokens(
-            clips, self.config.model.text_len, settings.drop_prompt, settings.drop_attribute, generator
+            clips,
+            self.config.model.text_len,
+            settings.drop_prompt,
+            settings.drop_attribute,
+            generator,
         )
         sigma = shifted_sigma(torch.rand(settings.batch, generator=generator), settings.shift)
         noise = torch.randn(x0.shape, generator=generator)

@@ -19,6 +19,7 @@ from asd_rt.errors import ConfigError
 CANVAS = 32
 GLYPH = 20
 FPS = 16
+SPEED = 2  # pixels a frame; start positions are multiples of it
 TEST_EVERY = 6  # every sixth glyph is held out of all training
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -122,11 +123,16 @@ class TinyWorld:
             by_class = [torch.nonzero(self.classes == c).flatten() for c in range(len(DIGITS))]
             pick = torch.rand(count, generator=generator)
             glyph = torch.stack(
-                [by_class[c][int(p * len(by_class[c]))] for c, p in zip(labels[:, 0], pick, strict=True)]
+                [
+                    by_class[c][int(p * len(by_class[c]))]
+                    for c, p in zip(labels[:, 0], pick, strict=True)
+                ]
             )
             colour, direction = labels[:, 1], labels[:, 2]
-        start = torch.stack([randint(CANVAS), randint(CANVAS)], dim=1)
-        place = start[:, None] + torch.arange(frames)[:, None] * self.velocities[direction][:, None]
+        cells = CANVAS // SPEED
+        start = torch.stack([randint(cells), randint(cells)], dim=1)
+        travel = torch.arange(frames)[:, None] * self.velocities[direction][:, None]
+        place = SPEED * (start[:, None] + travel)
         axis = torch.arange(CANVAS)
         rows = (axis - place[..., :1]) % CANVAS  # [B, F, 32]
         columns = (axis - place[..., 1:]) % CANVAS
@@ -135,7 +141,9 @@ class TinyWorld:
         mask = mask.gather(3, columns[..., None, :].expand(-1, -1, CANVAS, -1))
         ground = self.background.view(1, 1, 3, 1, 1)
         paint = self.colours[colour].view(-1, 1, 3, 1, 1)
-        return Clips(ground + mask[:, :, None] * (paint - ground), self.classes[glyph], colour, direction)
+        return Clips(
+            ground + mask[:, :, None] * (paint - ground), self.classes[glyph], colour, direction
+        )
 
 
 def random_labels(count: int, generator: torch.Generator) -> Tensor:

@@ -29,4 +29,4 @@ def test_plan_without_a_card(
     videos = tmp_path / "videos"
     videos.mkdir()
     words = ("--engine", plan, "--prompt", "a red three moving right", "--out", videos / "a.mp4")
-    refused(asd_rt("run", *words), 1, "driver", where=videos)
+    refused(asd_rt("run", *words), 1, "NVIDIA", where=videos)

@@ -53,7 +53,7 @@ def test_dmd_moves_a_gaussian_onto_its_target() -> None:
     """Student N(m, 1), target N(2, 1): the scores are analytic, so DMD must bring m to 2."""
     generator = torch.Generator().manual_seed(0)
     mean = torch.zeros(1, requires_grad=True)
-    optimizer = torch.optim.SGD([mean], lr=20.0)
+    optimizer = torch.optim.SGD([mean], lr=0.3)
 
     def predict(x_t: torch.Tensor, sigma: torch.Tensor, centre: torch.Tensor) -> torch.Tensor:
         # E[x0 | x_t] for x0 ~ N(centre, 1), x_t = (1 - sigma) x0 + sigma noise
@@ -66,11 +66,9 @@ def test_dmd_moves_a_gaussian_onto_its_target() -> None:
         x_t = noisy_latents(x, torch.randn(256, 1, generator=generator), sigma).detach()
         fake = predict(x_t, sigma, mean.detach())
         real = predict(x_t, sigma, torch.tensor([2.0]))
-        loss = dmd_loss(x, dmd_gradient(x, fake, real).clamp(-5, 5))
+        loss = dmd_loss(x, dmd_gradient(x, fake, real))
         optimizer.zero_grad()
         loss.backward()
-        for group in optimizer.param_groups:
-            group["lr"] *= 0.985
         optimizer.step()
     assert abs(mean.item() - 2.0) < 0.1
 
@@ -91,7 +89,9 @@ def test_asd_losses_push_in_opposite_directions() -> None:
 def test_finite_difference_penalty_is_the_squared_slope() -> None:
     weight, x, eps = 3.0, torch.randn(1000), 0.01 * torch.randn(1000)
     penalty = finite_difference_penalty(weight * x, weight * (x + eps))
-    torch.testing.assert_close(penalty / (eps**2).mean(), torch.tensor(weight**2), rtol=1e-3, atol=0)
+    torch.testing.assert_close(
+        penalty / (eps**2).mean(), torch.tensor(weight**2), rtol=1e-3, atol=0
+    )
 
 
 def test_guidance_of_one_is_the_conditional() -> None:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from asd_rt.config import CacheConfig
 from train.causal_init import teacher_forcing_mask
 from train.model import KeyValue, WanModel, attend, make_rope
-
-from asd_rt.config import CacheConfig
 
 
 def test_a_mask_and_a_cache_give_the_same_result(model: WanModel) -> None:

@@ -28,8 +28,12 @@ def noise_of(block: int, step: int, like: Tensor) -> Tensor:
     return torch.randn(like.shape, generator=generator)
 
 
-@pytest.mark.parametrize("cache", CACHES, ids=lambda c: f"block{c.block_frames}-window{c.window_frames}")
-def test_rollout_equals_the_runtime_loop_and_its_last_passes(model: WanModel, cache: CacheConfig) -> None:
+@pytest.mark.parametrize(
+    "cache", CACHES, ids=lambda c: f"block{c.block_frames}-window{c.window_frames}"
+)
+def test_rollout_equals_the_runtime_loop_and_its_last_passes(
+    model: WanModel, cache: CacheConfig
+) -> None:
     blocks = 4
     frames = blocks * cache.block_frames
     noise = torch.randn(2, frames, 4, 4, 6, generator=torch.Generator().manual_seed(1))

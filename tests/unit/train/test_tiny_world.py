@@ -12,6 +12,7 @@ from train.tiny_world import (
     COLOURS,
     DIGITS,
     DIRECTIONS,
+    SPEED,
     TinyWorld,
     label_tokens,
     prompt_text,
@@ -35,13 +36,13 @@ def test_splits_share_no_glyph(world: TinyWorld) -> None:
         TinyWorld("all")
 
 
-def test_motion_is_one_pixel_a_frame_and_wraps(world: TinyWorld) -> None:
+def test_motion_is_steady_and_wraps(world: TinyWorld) -> None:
     for direction, (dy, dx) in enumerate(DIRECTIONS.values()):
         labels = torch.tensor([[3, 0, direction]])
         clip = world.draw(1, 40, torch.Generator().manual_seed(7), labels)
         frames = clip.frames[0]
         for f in (0, 17, 38):
-            moved = torch.roll(frames[f], (dy, dx), dims=(1, 2))
+            moved = torch.roll(frames[f], (SPEED * dy, SPEED * dx), dims=(1, 2))
             torch.testing.assert_close(frames[f + 1], moved)
 
 
@@ -58,7 +59,10 @@ def test_training_tokens_are_the_runtime_tokenizers() -> None:
     """The student must read a prompt as it was trained on it."""
     words = vocabulary()
     every = [
-        (d, c, m) for d in range(len(DIGITS)) for c in range(len(COLOURS)) for m in range(len(DIRECTIONS))
+        (d, c, m)
+        for d in range(len(DIGITS))
+        for c in range(len(COLOURS))
+        for m in range(len(DIRECTIONS))
     ]
     tokens = label_tokens(torch.tensor(every), 8)
     for row, labels in zip(tokens, every, strict=True):
