@@ -1,4 +1,4 @@
-"""Errors that a user is meant to read: one line that says what, where, expected, found, and how to mend it."""
+"""Errors that a user is meant to read: one line with what, where, expected, found, and the cure."""
 
 
 class AsdError(Exception):

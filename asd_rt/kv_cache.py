@@ -52,8 +52,9 @@ class FrameSlots:
         self._windowed = bool(cache.window_frames)
         if not self._windowed and cache.max_frames and needed > cache.max_frames:
             raise ConfigError(
-                f"{needed} frames asked for, but this engine's cache holds {cache.max_frames} and has no window; "
-                f"ask for at most {cache.max_frames - cache.max_frames % cache.block_frames} frames, or build it "
+                f"{needed} frames asked for, but this engine's cache holds {cache.max_frames} and "
+                f"has no window; ask for at most "
+                f"{cache.max_frames - cache.max_frames % cache.block_frames} frames, or build it "
                 f"again with --max-frames {needed} or with --window-frames"
             )
         self.block_frames = cache.block_frames
@@ -72,8 +73,8 @@ class FrameSlots:
             return []
         if not self._windowed:
             raise ConfigError(
-                f"the cache is full at {self.committed_frames} frames; ask for fewer frames, or build the engine "
-                "with --window-frames"
+                f"the cache is full at {self.committed_frames} frames; ask for fewer frames, or build "
+                "the engine with --window-frames"
             )
         leaving = sorted(frame for frame in self._held if frame >= self.sink_frames)[:excess]
         gone = set(leaving)

@@ -1,4 +1,4 @@
-"""Rotary position tables over (frame, height, width), computed for any frame index: video length has no limit."""
+"""Rotary position tables over (frame, height, width), for any frame index: length has no limit."""
 
 from __future__ import annotations
 

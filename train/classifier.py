@@ -1,4 +1,4 @@
-"""Stage "classifier": the judge of the tiny world, trained on real clips alone and never shown a generated one.
+"""Stage "classifier": the judge of the tiny world, trained on real clips alone.
 
 It names digit and colour from single frames (averaged over the clip) and direction from pairs of neighbouring
 frames. Convolutions wrap around as the canvas does, so the digit may lie anywhere.
@@ -59,7 +59,7 @@ class Classifier(nn.Module):
 
 def augment(frames: Tensor, codec: LinearCodec, generator: torch.Generator) -> Tensor:
     """Small turns, sizes and shears of whole clips, sometimes the codec's losses, sometimes noise."""
-    batch, count = frames.shape[:2]
+    batch = len(frames)
 
     def spread(width: float) -> Tensor:
         return width * (2 * torch.rand(batch, generator=generator) - 1)

@@ -32,6 +32,7 @@ class TeacherConfig:
     warmup: int
     ema: float
     shift: float
+    mixed_noise: float
     drop_prompt: float
     drop_attribute: float
 

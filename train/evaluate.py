@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -87,7 +88,7 @@ def score(
     labels: Tensor,
     reference: NDArray[np.float64],
 ) -> Row:
-    """Judge clips against the `labels` [N, 3] they were asked to show; `reference`: features of real clips."""
+    """Judge clips against the `labels` [N, 3] they should show; `reference`: features of real clips."""
     found, features = judge(classifier, frames)
     hits = (found == labels).numpy()
     single = [bootstrap(hits[:, i]) for i in range(3)]
@@ -141,7 +142,7 @@ def teacher_sampler(
         context = text(label_tokens(labels, config.text_len))
         context = torch.cat([context, torch.zeros_like(context)])
         sigmas = shifted_sigma(torch.linspace(1, 0, steps + 1), shift)
-        for now, after in zip(sigmas[:-1], sigmas[1:], strict=True):
+        for now, after in pairwise(sigmas):
             timesteps = torch.full((2 * len(x), frames), TRAIN_TIMESTEPS * now.item())
             with torch.autocast("cpu", torch.bfloat16):
                 cond, uncond = model(torch.cat([x, x]), timesteps, context).float().chunk(2)

@@ -27,7 +27,7 @@ def flow_to_x0(flow: Tensor, x_t: Tensor, sigma: Tensor) -> Tensor:
 
 
 def flow_matching_loss(flow: Tensor, x0: Tensor, noise: Tensor) -> Tensor:
-    """mean (flow - (noise - x0))^2 in float32; gradient into `flow` alone. Source: Wan2.1, Self-Forcing critic."""
+    """mean (flow - (noise - x0))^2 in float32; gradient into `flow` alone. Source: Wan2.1, Self-Forcing."""
     return F.mse_loss(flow.float(), (noise - x0).detach().float())
 
 
@@ -37,7 +37,9 @@ def guided_x0(cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
 
 
 def dmd_gradient(x: Tensor, x0_fake: Tensor, x0_real: Tensor) -> Tensor:
-    """(x0_fake - x0_real) / mean |x - x0_real|, the mean over each clip. No gradients. Source: DMD2, Self-Forcing.
+    """(x0_fake - x0_real) / mean |x - x0_real|, the mean over each clip. No gradients.
+
+    Source: DMD2, Self-Forcing.
 
     Args:
         x: the student's clip, [B, F, C, h, w].
@@ -55,7 +57,7 @@ def dmd_loss(x: Tensor, gradient: Tensor) -> Tensor:
 
 
 def asd_generator_loss(fake: Tensor, real: Tensor) -> Tensor:
-    """mean softplus(real - fake): pulls n-step logits [B] above (n+1)-step ones; gradient through `fake` alone.
+    """mean softplus(real - fake): pulls n-step logits [B] above (n+1)-step ones; gradient in `fake`.
 
     Source: relativistic GAN (R3GAN form), ASD paper.
     """

@@ -235,18 +235,22 @@ def _model_card(world: _World, rows: list[Row], command: str) -> str:
     size = sum(p.numel() for p in WanModel(config.model).parameters())
     return f"""# {config.name}: a causal student of the tiny world
 
-One coloured handwritten digit drifting over a 32x32 canvas that wraps around, 16 frames a second. One set of
-weights serves 1, 2, 3 and 4 denoising steps.
+One coloured handwritten digit drifting over a 32x32 canvas that wraps around, 16 frames a second. One set
+of weights serves 1, 2, 3 and 4 denoising steps.
 
-- Network: Wan2.1 architecture, {size / 1e6:.2f} M parameters, dim {config.model.dim}, {config.model.num_layers} layers, stored as float16.
-- Blocks of {config.cache.block_frames} latent frames; window {config.cache.window_frames}, sink {config.cache.sink_frames}.
-- Prompts: a colour, a digit and a direction in plain English, any of them left out if you like. deployment.json lists the words.
-- Trained on scikit-learn's bundled digits (UCI optical recognition of handwritten digits), every sixth glyph held out.
+- Network: Wan2.1 architecture, {size / 1e6:.2f} M parameters, dim {config.model.dim},
+  {config.model.num_layers} layers, stored as float16.
+- Blocks of {config.cache.block_frames} latent frames; window {config.cache.window_frames}, sink
+  {config.cache.sink_frames}.
+- Prompts: a colour, a digit and a direction in plain English, any of them left out if you like;
+  deployment.json lists the words.
+- Trained on scikit-learn's bundled digits (UCI optical recognition of handwritten digits), every sixth
+  glyph held out.
 - Command: `{command}`
 
 ## Scores
-Judged by an independent classifier trained on real clips; the same {rows[0].clips} prompts for every row, the same noise for every
-student row; 95 % bootstrap intervals. Frechet distance is on the classifier's appearance features (lower is better).
-`*` is First-Frame Enhancement: the first block gets 4 steps.
+Judged by an independent classifier trained on real clips; the same {rows[0].clips} prompts for every row,
+the same noise for every student row; 95 % bootstrap intervals. Frechet distance is on the classifier's
+appearance features (lower is better). `*` is First-Frame Enhancement: the first block gets 4 steps.
 
 {markdown(rows)}"""

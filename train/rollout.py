@@ -2,8 +2,8 @@
 
 The loop itself runs without gradients. What a student update needs is the last denoising pass of each
 block; those passes depend on each other only through cached keys and values, which carry no gradient. So
-they run again as *one* forward pass over all blocks, each block seeing exactly the cached frames it saw in the
-loop: same result, one graph of fixed shape.
+they run again as *one* forward pass over all blocks, each block seeing exactly the cached frames it saw in
+the loop: same result, one graph of fixed shape.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def rollout(
         initial: clean latents of leading blocks, which only fill the cache.
         positions: RoPE frame index of each frame; None = 0, 1, 2, ...
     """
-    batch, frames, _, height, width = noise.shape
+    frames, height, width = noise.shape[1], *noise.shape[3:]
     block_frames = cache.block_frames
     token_hw = (height // 2, width // 2)
     tokens = token_hw[0] * token_hw[1]

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from asd_rt.errors import CheckpointError, ConfigError
 
 log = logging.getLogger(__name__)
-SAVE_EVERY_S = 120.0
+SAVE_EVERY_S = 60.0
 
 
 class Stage(ABC):

@@ -1,4 +1,7 @@
-"""Stage "teacher": a bidirectional denoiser of whole clips, trained by flow matching on real clips."""
+"""Stage "teacher": a bidirectional denoiser of whole clips, trained by flow matching on real clips.
+
+Source of the noise level drawn per frame: Diffusion Forcing (Chen et al., 2024).
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,7 @@ def prompt_tokens(
 
 
 class TeacherStage(Stage):
-    """Flow matching at one timestep a clip, drawn uniformly and shifted towards noise."""
+    """Flow matching at noise levels drawn uniformly and shifted towards noise."""
 
     name = "teacher"
 
@@ -58,9 +61,9 @@ class TeacherStage(Stage):
             settings.drop_attribute,
             generator,
         )
-        sigma = shifted_sigma(torch.rand(settings.batch, generator=generator), settings.shift)
+        sigma = self._noise_levels(x0.shape[1], generator)
         noise = torch.randn(x0.shape, generator=generator)
-        timesteps = (1000 * sigma)[:, None].expand(-1, x0.shape[1]).contiguous()
+        timesteps = 1000 * sigma
         with torch.autocast("cpu", torch.bfloat16):
             flow = self.forward(noisy_latents(x0, noise, sigma), timesteps, self.text(tokens))
         loss = flow_matching_loss(flow, x0, noise)
@@ -69,6 +72,20 @@ class TeacherStage(Stage):
         self.optimizer.step(warmup_cosine(index, self.steps, settings.warmup))
         self.ema.update(self.model, min(settings.ema, (1 + index) / (10 + index)))
         return {"loss": loss.item(), "grad_norm": norm.item()}
+
+    def _noise_levels(self, frames: int, generator: torch.Generator) -> Tensor:
+        """Sigma [B, F]: one level for a whole clip, or (for a share of clips) one of its own a frame.
+
+        Noisy frames beside cleaner ones show how frames hang together long before that can be seen in
+        clips of even noise. A quarter of the frames in such clips is clean.
+        """
+        settings = self.config.teacher
+        shape = (settings.batch, frames)
+        own = torch.rand(shape, generator=generator)
+        own = own * (torch.rand(shape, generator=generator) >= 0.25)
+        mixed = torch.rand(settings.batch, 1, generator=generator) < settings.mixed_noise
+        shared = torch.rand(settings.batch, 1, generator=generator)
+        return shifted_sigma(torch.where(mixed, own, shared), settings.shift)
 
     def state(self) -> dict[str, Any]:
         return {
