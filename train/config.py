@@ -63,6 +63,7 @@ class DistillConfig:
     betas: tuple[float, float]
     critic_updates: int
     guidance: float
+    mixed_noise: float
     step_weights: tuple[float, ...]
     first_steps_share: float
     long_share: float

@@ -34,8 +34,8 @@ class Discriminator(nn.Module):
         )
 
     def forward(self, features: list[Tensor], steps: Tensor, sigma: Tensor) -> Tensor:
-        """Features per layer [B, F, S, dim], steps n int64 [B], sigma [B] -> logits [B]."""
-        condition = self.steps(steps - 1) + self.sigma(sigma[:, None])
+        """Features per layer [B, F, S, dim], steps n int64 [B], sigma [B, F] -> logits [B]."""
+        condition = self.steps(steps - 1) + self.sigma(sigma.mean(dim=1, keepdim=True))
         logits = torch.zeros(len(steps))
         for i, feature in enumerate(features):
             x = self.norms[i](feature.flatten(1, 2).float())

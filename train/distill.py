@@ -28,6 +28,7 @@ from train.losses import (
     flow_matching_loss,
     flow_to_x0,
     guided_x0,
+    noise_levels,
     noisy_latents,
     shifted_sigma,
 )
@@ -92,13 +93,13 @@ class DistillStage(Stage):
     def _score(
         self, model: WanModel, x_t: Tensor, sigma: Tensor, context: Tensor, features: bool = False
     ) -> tuple[Tensor, list[Tensor]]:
-        """Flow and (on request) features of a bidirectional pass at one noise level a clip."""
+        """Flow and (on request) features of a bidirectional pass at noise levels [B, F]."""
         frames, (height, width) = x_t.shape[1], self.latent_hw
         rope = make_rope(model.config, range(frames), (height // 2, width // 2))
         collected: list[Tensor] = []
         flow, _ = model.denoise(
             x_t,
-            model.embed_time((1000 * sigma)[:, None].expand(-1, frames)),
+            model.embed_time(1000 * sigma),
             model.embed_prompt(context),
             rope,
             features=collected if features else None,
@@ -140,9 +141,18 @@ class DistillStage(Stage):
         optimizer.step()
         return norm.item()
 
-    def _sigma(self, count: int, generator: torch.Generator) -> Tensor:
-        u = torch.rand(count, generator=generator)
-        return shifted_sigma(u, self.config.timestep_shift).clamp(0.02, 0.98)
+    def _sigma(self, generator: torch.Generator) -> Tensor:
+        """Noise levels [B, F] at which the scores are compared: 0.02..0.98, or 0 for clean frames."""
+        settings = self.config.distill
+        u = noise_levels(
+            settings.batch,
+            self.config.clip_frames,
+            self.config.cache.block_frames,
+            settings.mixed_noise,
+            generator,
+        )
+        sigma = shifted_sigma(u, self.config.timestep_shift)
+        return torch.where(sigma > 0, sigma.clamp(0.02, 0.98), sigma)
 
     # --- one step
 
@@ -182,7 +192,7 @@ class DistillStage(Stage):
             x = last_passes(
                 self.student, cache, done, self.student.embed_prompt(context), first, window
             )
-            sigma = self._sigma(settings.batch, generator)
+            sigma = self._sigma(generator)
             noise = torch.randn(x.shape, generator=generator)
             x_t = noisy_latents(x, noise, sigma)
             figures = {"n": float(n)}
@@ -258,11 +268,11 @@ class DistillStage(Stage):
             _, features = self._score(
                 self.teacher,
                 torch.cat([clips, shaken]),
-                sigma.repeat(4),
+                sigma.repeat(4, 1),
                 context.repeat(4, 1, 1),
                 features=True,
             )
-        logits = self.discriminator(features, steps.repeat(4), sigma.repeat(4))
+        logits = self.discriminator(features, steps.repeat(4), sigma.repeat(4, 1))
         fake, real, fake_shaken, real_shaken = logits.chunk(4)
         loss = asd_discriminator_loss(fake, real)
         penalty = settings.r1_weight * finite_difference_penalty(real, real_shaken)
@@ -272,7 +282,7 @@ class DistillStage(Stage):
 
     def _critic_step(self, x: Tensor, context: Tensor, generator: torch.Generator) -> float:
         x = x.float()
-        sigma = self._sigma(len(x), generator)
+        sigma = self._sigma(generator)
         noise = torch.randn(x.shape, generator=generator)
         with torch.autocast("cpu", torch.bfloat16):
             flow, _ = self._score(self.critic, noisy_latents(x, noise, sigma), sigma, context)

@@ -131,23 +131,35 @@ def teacher_sampler(
     steps: int,
     guidance: float,
     shift: float,
+    block_frames: int,
 ) -> Callable[[Tensor, int, int], Tensor]:
-    """Euler sampling of the bidirectional teacher with classifier-free guidance."""
+    """Euler sampling of the bidirectional teacher with classifier-free guidance, block after block.
+
+    The teacher was trained with clean frames beside noisy ones, so it can continue a clip: each pass covers
+    all blocks so far, the finished ones clean (t = 0), the newest one being denoised.
+    """
 
     @torch.no_grad()
     def sample(labels: Tensor, frames: int, seed: int) -> Tensor:
         config = model.config
         generator = torch.Generator().manual_seed(seed)
-        x = torch.randn(len(labels), frames, config.in_dim, 8, 8, generator=generator)
+        noise = torch.randn(len(labels), frames, config.in_dim, 8, 8, generator=generator)
         context = text(label_tokens(labels, config.text_len))
         context = torch.cat([context, torch.zeros_like(context)])
         sigmas = shifted_sigma(torch.linspace(1, 0, steps + 1), shift)
-        for now, after in pairwise(sigmas):
-            timesteps = torch.full((2 * len(x), frames), TRAIN_TIMESTEPS * now.item())
-            with torch.autocast("cpu", torch.bfloat16):
-                cond, uncond = model(torch.cat([x, x]), timesteps, context).float().chunk(2)
-            x = x + (after - now) * (uncond + guidance * (cond - uncond))
-        return codec.decode(x)
+        done = noise[:, :0]
+        for start in range(0, frames, block_frames):
+            x = noise[:, start : start + block_frames]
+            for now, after in pairwise(sigmas):
+                timesteps = torch.zeros(2 * len(x), start + block_frames)
+                timesteps[:, start:] = TRAIN_TIMESTEPS * now
+                clip = torch.cat([done, x], dim=1)
+                with torch.autocast("cpu", torch.bfloat16):
+                    flow = model(torch.cat([clip, clip]), timesteps, context)[:, start:].float()
+                cond, uncond = flow.chunk(2)
+                x = x + (after - now) * (uncond + guidance * (cond - uncond))
+            done = torch.cat([done, x], dim=1)
+        return codec.decode(done)
 
     return sample
 

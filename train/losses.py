@@ -11,6 +11,23 @@ def shifted_sigma(u: Tensor, shift: float) -> Tensor:
     return shift * u / (1 + (shift - 1) * u)
 
 
+def noise_levels(
+    batch: int, frames: int, group: int, mixed: float, generator: torch.Generator
+) -> Tensor:
+    """Uniform noise levels u [B, F] in 0..1 before any shift.
+
+    A share `mixed` of the clips has a level of its own for every `group` frames, a quarter of those clean;
+    the others have one level for the whole clip. Noisy frames beside cleaner ones show how frames hang
+    together long before that can be seen in clips of even noise. Source: Diffusion Forcing.
+    """
+    groups = (batch, frames // group)
+    own = torch.rand(groups, generator=generator)
+    own = own * (torch.rand(groups, generator=generator) >= 0.25)
+    is_mixed = torch.rand(batch, 1, generator=generator) < mixed
+    shared = torch.rand(batch, 1, generator=generator)
+    return torch.where(is_mixed, own, shared).repeat_interleave(group, dim=1)
+
+
 def _broadcast(sigma: Tensor, like: Tensor) -> Tensor:
     return sigma.view(*sigma.shape, *[1] * (like.ndim - sigma.ndim))
 

@@ -164,6 +164,7 @@ def _teacher(world: _World, model: WanModel) -> Any:
         TEACHER_STEPS,
         config.distill.guidance,
         config.timestep_shift,
+        config.cache.block_frames,
     )
 
 

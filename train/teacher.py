@@ -1,7 +1,4 @@
-"""Stage "teacher": a bidirectional denoiser of whole clips, trained by flow matching on real clips.
-
-Source of the noise level drawn per frame: Diffusion Forcing (Chen et al., 2024).
-"""
+"""Stage "teacher": a bidirectional denoiser of whole clips, trained by flow matching on real clips."""
 
 from __future__ import annotations
 
@@ -12,7 +9,7 @@ from torch import Tensor
 
 from train.codec import LinearCodec, VocabularyEncoder
 from train.config import TrainConfig
-from train.losses import flow_matching_loss, noisy_latents, shifted_sigma
+from train.losses import flow_matching_loss, noise_levels, noisy_latents, shifted_sigma
 from train.model import WanModel
 from train.stage import Ema, MuonAdam, Stage, step_generator, warmup_cosine
 from train.tiny_world import Clips, TinyWorld, label_tokens
@@ -61,7 +58,8 @@ class TeacherStage(Stage):
             settings.drop_attribute,
             generator,
         )
-        sigma = self._noise_levels(x0.shape[1], generator)
+        u = noise_levels(settings.batch, x0.shape[1], 1, settings.mixed_noise, generator)
+        sigma = shifted_sigma(u, settings.shift)
         noise = torch.randn(x0.shape, generator=generator)
         timesteps = 1000 * sigma
         with torch.autocast("cpu", torch.bfloat16):
@@ -72,20 +70,6 @@ class TeacherStage(Stage):
         self.optimizer.step(warmup_cosine(index, self.steps, settings.warmup))
         self.ema.update(self.model, min(settings.ema, (1 + index) / (10 + index)))
         return {"loss": loss.item(), "grad_norm": norm.item()}
-
-    def _noise_levels(self, frames: int, generator: torch.Generator) -> Tensor:
-        """Sigma [B, F]: one level for a whole clip, or (for a share of clips) one of its own a frame.
-
-        Noisy frames beside cleaner ones show how frames hang together long before that can be seen in
-        clips of even noise. A quarter of the frames in such clips is clean.
-        """
-        settings = self.config.teacher
-        shape = (settings.batch, frames)
-        own = torch.rand(shape, generator=generator)
-        own = own * (torch.rand(shape, generator=generator) >= 0.25)
-        mixed = torch.rand(settings.batch, 1, generator=generator) < settings.mixed_noise
-        shared = torch.rand(settings.batch, 1, generator=generator)
-        return shifted_sigma(torch.where(mixed, own, shared), settings.shift)
 
     def state(self) -> dict[str, Any]:
         return {
