@@ -96,6 +96,7 @@ class TrainConfig:
     cache: CacheConfig
     classifier: ClassifierConfig
     teacher: TeacherConfig
+    refine: TeacherConfig
     init: InitConfig
     distill: DistillConfig
 
@@ -123,6 +124,7 @@ class TrainConfig:
             eval_clips=16,
             classifier=replace(self.classifier, steps=12, batch=16),
             teacher=replace(self.teacher, steps=6, batch=4, warmup=2),
+            refine=replace(self.refine, steps=4, batch=4, warmup=2),
             init=replace(self.init, steps=4, batch=2, warmup=2),
             distill=replace(self.distill, steps=4, batch=2, asd_warmup=1, ema_start=1),
         )
@@ -133,6 +135,7 @@ _SECTIONS = {
     "cache": CacheConfig,
     "classifier": ClassifierConfig,
     "teacher": TeacherConfig,
+    "refine": TeacherConfig,
     "init": InitConfig,
     "distill": DistillConfig,
 }
@@ -164,9 +167,19 @@ def load_config(path: Path) -> TrainConfig:
 
 _UPSTREAM: dict[str, tuple[str, ...]] = {
     "classifier": ("classifier", "clip_frames"),
-    "teacher": ("model", "clip_frames", "teacher"),
-    "init": ("model", "clip_frames", "teacher", "cache", "init"),
-    "distill": ("model", "clip_frames", "teacher", "cache", "init", "distill", "timestep_shift"),
+    "teacher": ("model", "clip_frames", "teacher", "cache"),
+    "refine": ("model", "clip_frames", "teacher", "cache", "refine"),
+    "init": ("model", "clip_frames", "teacher", "refine", "cache", "init"),
+    "distill": (
+        "model",
+        "clip_frames",
+        "teacher",
+        "refine",
+        "cache",
+        "init",
+        "distill",
+        "timestep_shift",
+    ),
 }
 
 

@@ -135,8 +135,8 @@ def teacher_sampler(
 ) -> Callable[[Tensor, int, int], Tensor]:
     """Euler sampling of the bidirectional teacher with classifier-free guidance, block after block.
 
-    The teacher was trained with clean frames beside noisy ones, so it can continue a clip: each pass covers
-    all blocks so far, the finished ones clean (t = 0), the newest one being denoised.
+    The teacher was trained with blocks of different noise levels side by side, so it can continue a clip:
+    each pass covers all frames, finished blocks clean (t = 0), one being denoised, later ones pure noise.
     """
 
     @torch.no_grad()
@@ -147,19 +147,18 @@ def teacher_sampler(
         context = text(label_tokens(labels, config.text_len))
         context = torch.cat([context, torch.zeros_like(context)])
         sigmas = shifted_sigma(torch.linspace(1, 0, steps + 1), shift)
-        done = noise[:, :0]
+        clip = noise
+        timesteps = torch.full((2 * len(labels), frames), float(TRAIN_TIMESTEPS))
         for start in range(0, frames, block_frames):
-            x = noise[:, start : start + block_frames]
+            span = slice(start, start + block_frames)
             for now, after in pairwise(sigmas):
-                timesteps = torch.zeros(2 * len(x), start + block_frames)
-                timesteps[:, start:] = TRAIN_TIMESTEPS * now
-                clip = torch.cat([done, x], dim=1)
+                timesteps[:, span] = TRAIN_TIMESTEPS * now
                 with torch.autocast("cpu", torch.bfloat16):
-                    flow = model(torch.cat([clip, clip]), timesteps, context)[:, start:].float()
+                    flow = model(torch.cat([clip, clip]), timesteps, context)[:, span].float()
                 cond, uncond = flow.chunk(2)
-                x = x + (after - now) * (uncond + guidance * (cond - uncond))
-            done = torch.cat([done, x], dim=1)
-        return codec.decode(done)
+                clip[:, span] += (after - now) * (uncond + guidance * (cond - uncond))
+            timesteps[:, span] = 0
+        return codec.decode(clip)
 
     return sample
 

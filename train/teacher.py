@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from train.codec import LinearCodec, VocabularyEncoder
-from train.config import TrainConfig
+from train.config import TeacherConfig, TrainConfig
 from train.losses import flow_matching_loss, noise_levels, noisy_latents, shifted_sigma
 from train.model import WanModel
 from train.stage import Ema, MuonAdam, Stage, step_generator, warmup_cosine
@@ -30,7 +30,7 @@ def prompt_tokens(
 
 
 class TeacherStage(Stage):
-    """Flow matching at noise levels drawn uniformly and shifted towards noise."""
+    """Flow matching; noise levels are drawn a clip, a block or a frame, uniform and shifted towards noise."""
 
     name = "teacher"
 
@@ -38,16 +38,17 @@ class TeacherStage(Stage):
         self, config: TrainConfig, seed: int, codec: LinearCodec, text: VocabularyEncoder
     ) -> None:
         self.config, self.seed, self.codec, self.text = config, seed, codec, text
-        self.steps = config.teacher.steps
+        self.settings: TeacherConfig = getattr(config, self.name)
+        self.steps = self.settings.steps
         torch.manual_seed(seed)
         self.model = WanModel(config.model)
         self.forward = torch.compile(self.model, dynamic=False) if config.compile else self.model
-        self.optimizer = MuonAdam(self.model, config.teacher.muon_lr, config.teacher.adam_lr)
-        self.ema = Ema(self.model, config.teacher.ema)
+        self.optimizer = MuonAdam(self.model, self.settings.muon_lr, self.settings.adam_lr)
+        self.ema = Ema(self.model, self.settings.ema)
         self.world = TinyWorld("train")
 
     def step(self, index: int) -> dict[str, float]:
-        settings = self.config.teacher
+        settings = self.settings
         generator = step_generator(self.seed, self.name, index)
         clips = self.world.draw(settings.batch, self.config.clip_frames, generator)
         x0 = self.codec.encode(clips.frames)
@@ -58,7 +59,8 @@ class TeacherStage(Stage):
             settings.drop_attribute,
             generator,
         )
-        u = noise_levels(settings.batch, x0.shape[1], 1, settings.mixed_noise, generator)
+        group = 1 if index % 2 else self.config.cache.block_frames
+        u = noise_levels(settings.batch, x0.shape[1], group, settings.mixed_noise, generator)
         sigma = shifted_sigma(u, settings.shift)
         noise = torch.randn(x0.shape, generator=generator)
         timesteps = 1000 * sigma
@@ -82,3 +84,24 @@ class TeacherStage(Stage):
         self.model.load_state_dict(state["model"])
         self.ema.values = state["ema"]
         self.optimizer.load(state["optimizer"])
+
+
+class RefineStage(TeacherStage):
+    """The teacher once more, from its averaged weights and mostly on clips of even noise.
+
+    Once the network knows how frames hang together, what is left to learn is to begin from nothing.
+    """
+
+    name = "refine"
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        seed: int,
+        codec: LinearCodec,
+        text: VocabularyEncoder,
+        teacher: dict[str, Tensor],
+    ) -> None:
+        super().__init__(config, seed, codec, text)
+        self.model.load_state_dict(teacher)
+        self.ema = Ema(self.model, self.settings.ema)

@@ -1,8 +1,9 @@
 """The tiny world: a coloured handwritten digit drifting over a canvas that wraps around, and its prompts.
 
 The digits are the 1,797 real ones bundled with scikit-learn (UCI optical recognition of handwritten
-digits), smoothly enlarged. Motion is one pixel a frame along each named axis and the canvas is a torus, so
-a prompt stays true for as long as a video lasts, and every stretch of it looks like its beginning.
+digits), smoothly enlarged. Motion is four pixels (one latent cell) a frame along each named axis, and the
+canvas is a torus, so a prompt stays true for as long as a video lasts, and every stretch of it looks like
+its beginning. Whole cells matter: docs/tiny-world.md tells what slower motion did to the teacher.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from asd_rt.errors import ConfigError
 CANVAS = 32
 GLYPH = 20
 FPS = 16
-SPEED = 2  # pixels a frame; start positions are multiples of it
+SPEED = 4  # pixels a frame; start positions are multiples of it
 TEST_EVERY = 6  # every sixth glyph is held out of all training
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")

@@ -13,6 +13,7 @@ from train.losses import (
     flow_matching_loss,
     flow_to_x0,
     guided_x0,
+    noise_levels,
     noisy_latents,
     shifted_sigma,
 )
@@ -98,3 +99,13 @@ def test_guidance_of_one_is_the_conditional() -> None:
     cond, uncond = torch.randn(3), torch.randn(3)
     torch.testing.assert_close(guided_x0(cond, uncond, 1.0), cond)
     torch.testing.assert_close(guided_x0(cond, uncond, 0.0), uncond)
+
+
+def test_noise_levels_are_shared_or_of_their_own_by_groups() -> None:
+    generator = torch.Generator().manual_seed(0)
+    even = noise_levels(50, 12, 3, 0.0, generator)
+    assert (even == even[:, :1]).all()
+    mixed = noise_levels(200, 12, 3, 1.0, generator)
+    assert (mixed.unflatten(1, (4, 3)) == mixed[:, ::3, None]).all()
+    assert 0.15 < (mixed == 0).float().mean() < 0.35
+    assert mixed.max() < 1

@@ -17,7 +17,7 @@ from train.config import TrainConfig, fingerprint, load_config
 from train.distill import DistillStage
 from train.model import WanModel
 from train.stage import Ema, Stage, run_stage, save_torch, step_generator, warmup_cosine
-from train.teacher import TeacherStage
+from train.teacher import RefineStage, TeacherStage
 
 CONFIG = Path(__file__).parents[3] / "train" / "configs" / "tiny.toml"
 
@@ -42,12 +42,14 @@ def make(name: str, config: TrainConfig) -> Stage:
         return ClassifierStage(config, 0, codec)
     if name == "teacher":
         return TeacherStage(config, 0, codec, text)
+    if name == "refine":
+        return RefineStage(config, 0, codec, text, weights)
     if name == "init":
         return InitStage(config, 0, codec, text, weights)
     return DistillStage(config, 0, text, weights, weights, (8, 8))
 
 
-@pytest.mark.parametrize("name", ["classifier", "teacher", "init", "distill"])
+@pytest.mark.parametrize("name", ["classifier", "teacher", "refine", "init", "distill"])
 def test_a_resumed_stage_goes_on_bit_for_bit(name: str, config: TrainConfig) -> None:
     whole = make(name, config)
     figures = [whole.step(i) for i in range(4)]
