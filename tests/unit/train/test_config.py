@@ -34,7 +34,7 @@ def test_the_shipped_configuration_loads() -> None:
         ("name =", "title =", "missing name"),
         ("clip_frames = 12", "clip_frames = 13", "not a multiple"),
         ("sink_frames = 3", "sink_frames = 12", "smaller than window_frames"),
-        ("num_heads = 4", "num_heads = 5", "not a multiple of num_heads"),
+        ("num_heads = 4", "num_heads = 7", "not a multiple of num_heads"),
         ("[teacher]", "[teacher", "cannot be read as TOML"),
         ("step_weights = [", "step_weights = [1.0, ", "must be 4 numbers"),
     ],
