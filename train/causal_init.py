@@ -22,7 +22,7 @@ from train.model import WanModel, make_rope
 from train.rollout import attention_mask
 from train.stage import Ema, MuonAdam, Stage, step_generator, warmup_cosine
 from train.teacher import prompt_tokens
-from train.tiny_world import CANVAS, TinyWorld
+from train.tiny_world import PERIOD, TinyWorld
 
 
 def teacher_forcing_mask(cache: CacheConfig, frames: int, tokens: int) -> Tensor:
@@ -39,13 +39,13 @@ def teacher_forcing_mask(cache: CacheConfig, frames: int, tokens: int) -> Tensor
 def jump_after_sinks(cache: CacheConfig, frames: int, generator: torch.Generator) -> list[int]:
     """Frame indices of a clip that leaps ahead after its first block, as if it had played for long.
 
-    The leap is a multiple of the canvas size, after which every motion of the tiny world is back where it
-    was, so the clip stays true. It teaches the network sinks at any distance. Half of all clips have none.
+    The leap is a multiple of the time after which every digit of the tiny world is back where it was, so
+    the clip stays true. It teaches the network sinks at any distance. Half of all clips have none.
     """
     leap = int(torch.randint(0, 2, (1,), generator=generator))
     distance = int(2 ** (10 * torch.rand(1, generator=generator).item())) if leap else 0
     first = cache.block_frames
-    return [f if f < first else f + CANVAS * distance for f in range(frames)]
+    return [f if f < first else f + PERIOD * distance for f in range(frames)]
 
 
 class InitStage(Stage):

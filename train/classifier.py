@@ -1,7 +1,7 @@
 """Stage "classifier": the judge of the tiny world, trained on real clips alone.
 
 It names digit and colour from single frames (averaged over the clip) and direction from pairs of neighbouring
-frames. Convolutions wrap around as the canvas does, so the digit may lie anywhere.
+frames.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ FEATURES = 128
 
 def _conv(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
     return nn.Sequential(
-        nn.Conv2d(inputs, outputs, 3, stride, 1, padding_mode="circular"),
+        nn.Conv2d(inputs, outputs, 3, stride, 1),
         nn.GroupNorm(8, outputs),
         nn.SiLU(),
     )
@@ -69,8 +69,6 @@ def augment(frames: Tensor, codec: LinearCodec, generator: torch.Generator) -> T
     zero = torch.zeros(batch)
     rows = [torch.stack([cos, -sin + shear, zero], 1), torch.stack([sin, cos, zero], 1)]
     grid = F.affine_grid(torch.stack(rows, 1), [batch, 3, *frames.shape[3:]], align_corners=False)
-    # The canvas wraps around: sample from where the grid leaves it on one side on the other.
-    grid = (grid + 1) % 2 - 1
     flat = F.grid_sample(frames.flatten(1, 2), grid, padding_mode="border", align_corners=False)
     frames = flat.view_as(frames)
     coded = codec.decode(codec.encode(frames))

@@ -33,6 +33,7 @@ class TeacherConfig:
     ema: float
     shift: float
     mixed_noise: float
+    later_share: float
     drop_prompt: float
     drop_attribute: float
 
@@ -96,7 +97,6 @@ class TrainConfig:
     cache: CacheConfig
     classifier: ClassifierConfig
     teacher: TeacherConfig
-    refine: TeacherConfig
     init: InitConfig
     distill: DistillConfig
 
@@ -124,7 +124,6 @@ class TrainConfig:
             eval_clips=16,
             classifier=replace(self.classifier, steps=12, batch=16),
             teacher=replace(self.teacher, steps=6, batch=4, warmup=2),
-            refine=replace(self.refine, steps=4, batch=4, warmup=2),
             init=replace(self.init, steps=4, batch=2, warmup=2),
             distill=replace(self.distill, steps=4, batch=2, asd_warmup=1, ema_start=1),
         )
@@ -135,7 +134,6 @@ _SECTIONS = {
     "cache": CacheConfig,
     "classifier": ClassifierConfig,
     "teacher": TeacherConfig,
-    "refine": TeacherConfig,
     "init": InitConfig,
     "distill": DistillConfig,
 }
@@ -168,13 +166,11 @@ def load_config(path: Path) -> TrainConfig:
 _UPSTREAM: dict[str, tuple[str, ...]] = {
     "classifier": ("classifier", "clip_frames"),
     "teacher": ("model", "clip_frames", "teacher", "cache"),
-    "refine": ("model", "clip_frames", "teacher", "cache", "refine"),
-    "init": ("model", "clip_frames", "teacher", "refine", "cache", "init"),
+    "init": ("model", "clip_frames", "teacher", "cache", "init"),
     "distill": (
         "model",
         "clip_frames",
         "teacher",
-        "refine",
         "cache",
         "init",
         "distill",

@@ -9,6 +9,7 @@ First-Frame Enhancement does at inference. Source: ASD (arXiv 2511.01419), Self 
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -44,6 +45,24 @@ def gradient_norm(loss: Tensor, x: Tensor) -> Tensor:
     """Norm of d loss / d x, keeping the graph."""
     (gradient,) = torch.autograd.grad(loss, x, retain_graph=True)
     return gradient.norm()
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """One training step: what is rolled out, and which clip of it is judged under which prompt."""
+
+    n: int
+    context: Tensor
+    score_context: Tensor
+    enhanced: bool
+    use_asd: bool
+    positions: list[int]
+    first: int
+    blocks: int
+
+    def plan(self, steps: int) -> list[int]:
+        """Denoising steps of each block."""
+        return [MAX_STEPS if self.enhanced else steps] + [steps] * (self.blocks - 1)
 
 
 class DistillStage(Stage):
@@ -157,8 +176,51 @@ class DistillStage(Stage):
     # --- one step
 
     def step(self, index: int) -> dict[str, float]:
-        settings, cache = self.config.distill, self.config.cache
+        settings = self.config.distill
         generator = step_generator(self.seed, self.name, index)
+        task = self._draw_task(index, generator)
+        first, window = task.first, self.config.clip_frames
+
+        with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+            prompt = self.student.embed_prompt(task.context)
+            done = self._rollout(prompt, task.plan(task.n), task.positions, generator)
+            target = None
+            if task.use_asd:
+                target = self._rollout(prompt, task.plan(task.n + 1), task.positions, generator)
+        sigma = self._sigma(generator)
+        noise = torch.randn(settings.batch, window, *done.latents.shape[2:], generator=generator)
+        steps = torch.full((settings.batch,), task.n)
+        with torch.autocast("cpu", torch.bfloat16):
+            prompt = self.student.embed_prompt(task.context)
+            x = last_passes(self.student, self.config.cache, done, prompt, first, window)
+            x_t = noisy_latents(x, noise, sigma)
+            gradient = self._dmd_gradient(x.detach(), x_t.detach(), sigma, task.score_context)
+            loss = dmd_loss(x, gradient)
+            if target is not None:
+                real_t = noisy_latents(target.latents[:, first : first + window], noise, sigma)
+                loss = loss + self._asd_generator(
+                    x, loss, x_t, real_t, sigma, task.score_context, steps
+                )
+        figures = {"loss": gradient.abs().mean().item(), "n": float(task.n)}
+        figures["grad_norm"] = self._update("student", loss)
+        self.ema.update(self.student, settings.ema if index >= settings.ema_start else 0.0)
+        if target is not None:
+            figures["disc"] = self._discriminator_step(
+                x_t.detach(), real_t, sigma, task.score_context, steps, generator
+            )
+        self.replay.append((x.detach().to(torch.bfloat16), task.score_context))
+        losses = []
+        for update in range(settings.critic_updates):
+            pick = len(self.replay) - 1
+            if update:
+                pick = int(torch.randint(len(self.replay), (1,), generator=generator))
+            losses.append(self._critic_step(*self.replay[pick], generator))
+        figures["critic"] = sum(losses) / max(1, len(losses))
+        return figures
+
+    def _draw_task(self, index: int, generator: torch.Generator) -> _Task:
+        """What step `index` trains: n, prompts, rollout length, and the clip of it that is judged."""
+        settings, cache = self.config.distill, self.config.cache
 
         def chance() -> float:
             return torch.rand(1, generator=generator).item()
@@ -166,59 +228,30 @@ class DistillStage(Stage):
         weights = torch.tensor(settings.step_weights)
         n = 1 + int(torch.multinomial(weights, 1, generator=generator))
         labels = random_labels(settings.batch, generator)
-        context = self.text(label_tokens(labels, self.config.model.text_len))
         enhanced = n < MAX_STEPS and chance() < settings.first_steps_share
-        use_asd = n < MAX_STEPS and settings.asd_ratio > 0 and index >= settings.asd_warmup
         # Most rollouts are one clip long; the others run on, so that window and sinks are trained too.
         window = self.config.clip_frames
         long = settings.frames > window and chance() < settings.long_share
         frames = settings.frames if long else window
-        first = 0
-        positions = list(range(frames))
+        positions, first = list(range(frames)), 0
         if long:
             positions = jump_after_sinks(cache, frames, generator)
             earliest = cache.block_frames if positions[-1] >= frames else 0
             choices = range(earliest, frames - window + 1, cache.block_frames)
             first = choices[int(torch.randint(len(choices), (1,), generator=generator))]
-        blocks = frames // cache.block_frames
-
-        def plan(steps: int) -> list[int]:
-            return [MAX_STEPS if enhanced else steps] + [steps] * (blocks - 1)
-
-        with torch.autocast("cpu", torch.bfloat16):
-            with torch.no_grad():
-                prompt = self.student.embed_prompt(context)
-            done = self._rollout(prompt, plan(n), positions, generator)
-            x = last_passes(
-                self.student, cache, done, self.student.embed_prompt(context), first, window
-            )
-            sigma = self._sigma(generator)
-            noise = torch.randn(x.shape, generator=generator)
-            x_t = noisy_latents(x, noise, sigma)
-            figures = {"n": float(n)}
-            gradient = self._dmd_gradient(x.detach(), x_t.detach(), sigma, context)
-            loss = dmd_loss(x, gradient)
-            figures["dmd"] = gradient.abs().mean().item()
-            steps = torch.full((settings.batch,), n)
-            if use_asd:
-                target = self._rollout(prompt, plan(n + 1), positions, generator)
-                real = target.latents[:, first : first + window]
-                real_t = noisy_latents(real, noise, sigma)
-                loss = loss + self._asd_generator(x, loss, x_t, real_t, sigma, context, steps)
-        figures["grad_norm"] = self._update("student", loss)
-        self.ema.update(self.student, settings.ema if index >= settings.ema_start else 0.0)
-
-        if use_asd:
-            figures["disc"] = self._discriminator_step(
-                x_t.detach(), real_t, sigma, context, steps, generator
-            )
-        self.replay.append((x.detach().to(torch.bfloat16), context))
-        losses = []
-        for update in range(settings.critic_updates):
-            pick = len(self.replay) - 1 if update == 0 else int(chance() * len(self.replay))
-            losses.append(self._critic_step(*self.replay[pick], generator))
-        figures["critic"] = sum(losses) / max(1, len(losses))
-        return {"loss": figures.pop("dmd"), **figures}
+        text_len = self.config.model.text_len
+        # Later in its life a digit may have turned round: its clip is judged without the direction.
+        named = torch.tensor([[True, True, first == 0]]).expand(len(labels), -1)
+        return _Task(
+            n=n,
+            context=self.text(label_tokens(labels, text_len)),
+            score_context=self.text(label_tokens(labels, text_len, named)),
+            enhanced=enhanced,
+            use_asd=n < MAX_STEPS and settings.asd_ratio > 0 and index >= settings.asd_warmup,
+            positions=positions,
+            first=first,
+            blocks=frames // cache.block_frames,
+        )
 
     @torch.no_grad()
     def _dmd_gradient(self, x: Tensor, x_t: Tensor, sigma: Tensor, context: Tensor) -> Tensor:

@@ -33,11 +33,11 @@ from train.evaluate import (
 from train.model import WanModel
 from train.pictures import contact_sheet
 from train.stage import Stage, load_torch, run_stage
-from train.teacher import RefineStage, TeacherStage
+from train.teacher import TeacherStage
 from train.tiny_world import CANVAS, FPS, TinyWorld, random_labels, vocabulary
 
 log = logging.getLogger(__name__)
-STAGES = ("classifier", "teacher", "refine", "init", "distill", "evaluate")
+STAGES = ("classifier", "teacher", "init", "distill", "evaluate")
 LATENT_HW = (CANVAS // PATCH, CANVAS // PATCH)
 TEACHER_STEPS = 30
 TEACHER_CLIPS = 256  # a many-step clip costs as much as 30 of the student's
@@ -136,10 +136,7 @@ def _make_stage(name: str, world: _World) -> Stage:
         return ClassifierStage(config, seed, world.codec)
     if name == "teacher":
         return TeacherStage(config, seed, world.codec, world.text)
-    if name == "refine":
-        teacher = world.finished("teacher", "ema")
-        return RefineStage(config, seed, world.codec, world.text, teacher)
-    teacher = world.finished("refine", "ema")
+    teacher = world.finished("teacher", "ema")
     if name == "init":
         return InitStage(config, seed, world.codec, world.text, teacher)
     student = world.finished("init", "ema")
@@ -150,7 +147,7 @@ def _sheet(world: _World, stage: str) -> None:
     """samples_<stage>.png: the same prompts after each stage."""
     labels = random_labels(SHEET_PROMPTS, torch.Generator().manual_seed(5))
     model = world.network(stage)
-    if stage in ("teacher", "refine"):
+    if stage == "teacher":
         sampler = _teacher(world, model)
         frames = sampler(labels, world.config.clip_frames, 1)
     else:
@@ -194,7 +191,7 @@ def evaluation_rows(world: _World, student: WanModel) -> list[Row]:
         rows.append(score(name, classifier, clips, labels[:most], reference))
         log.info("%s: all three right %s", name, rows[-1].all_right)
 
-    teacher = _teacher(world, world.network("refine"))
+    teacher = _teacher(world, world.network("teacher"))
     add(f"teacher, {TEACHER_STEPS} steps", teacher, most=min(count, TEACHER_CLIPS))
     add("causal start, 4 steps", _student(world, world.network("init"), 4, 4))
     add("causal start, 1* step (FFE)", _student(world, world.network("init"), 1, MAX_STEPS))
@@ -241,8 +238,8 @@ def _model_card(world: _World, rows: list[Row], command: str) -> str:
     size = sum(p.numel() for p in WanModel(config.model).parameters())
     return f"""# {config.name}: a causal student of the tiny world
 
-One coloured handwritten digit drifting over a 32x32 canvas that wraps around, 16 frames a second. One set
-of weights serves 1, 2, 3 and 4 denoising steps.
+One coloured handwritten digit moving through a framed 32x32 arena, 16 frames a second. It sets out in the
+direction of the prompt and bounces off the frame. One set of weights serves 1, 2, 3 and 4 denoising steps.
 
 - Network: Wan2.1 architecture, {size / 1e6:.2f} M parameters, dim {config.model.dim},
   {config.model.num_layers} layers, stored as float16.

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from train.codec import LinearCodec, VocabularyEncoder
-from train.config import TeacherConfig, TrainConfig
+from train.config import TrainConfig
 from train.losses import flow_matching_loss, noise_levels, noisy_latents, shifted_sigma
 from train.model import WanModel
 from train.stage import Ema, MuonAdam, Stage, step_generator, warmup_cosine
-from train.tiny_world import Clips, TinyWorld, label_tokens
+from train.tiny_world import PERIOD, Clips, TinyWorld, label_tokens
 
 
 def prompt_tokens(
@@ -21,11 +21,18 @@ def prompt_tokens(
     drop_prompt: float,
     drop_attribute: float,
     generator: torch.Generator,
+    later: Tensor | None = None,
 ) -> Tensor:
-    """Token ids of the clips' prompts with whole prompts and single attributes left out at random."""
+    """Token ids of the clips' prompts with whole prompts and single attributes left out at random.
+
+    Clips marked in `later` [B] never name a direction: they show some later stretch, and by then a digit
+    may have turned round.
+    """
     labels = torch.stack([clips.digit, clips.colour, clips.direction], dim=1)
     keep = torch.rand(labels.shape, generator=generator) >= drop_attribute
     keep &= torch.rand(len(labels), 1, generator=generator) >= drop_prompt
+    if later is not None:
+        keep[:, 2] &= ~later
     return label_tokens(labels, text_len, keep)
 
 
@@ -38,19 +45,20 @@ class TeacherStage(Stage):
         self, config: TrainConfig, seed: int, codec: LinearCodec, text: VocabularyEncoder
     ) -> None:
         self.config, self.seed, self.codec, self.text = config, seed, codec, text
-        self.settings: TeacherConfig = getattr(config, self.name)
-        self.steps = self.settings.steps
+        self.steps = config.teacher.steps
         torch.manual_seed(seed)
         self.model = WanModel(config.model)
         self.forward = torch.compile(self.model, dynamic=False) if config.compile else self.model
-        self.optimizer = MuonAdam(self.model, self.settings.muon_lr, self.settings.adam_lr)
-        self.ema = Ema(self.model, self.settings.ema)
+        self.optimizer = MuonAdam(self.model, config.teacher.muon_lr, config.teacher.adam_lr)
+        self.ema = Ema(self.model, config.teacher.ema)
         self.world = TinyWorld("train")
 
     def step(self, index: int) -> dict[str, float]:
-        settings = self.settings
+        settings = self.config.teacher
         generator = step_generator(self.seed, self.name, index)
-        clips = self.world.draw(settings.batch, self.config.clip_frames, generator)
+        later = torch.rand(settings.batch, generator=generator) < settings.later_share
+        begin = later * torch.randint(PERIOD, (settings.batch,), generator=generator)
+        clips = self.world.draw(settings.batch, self.config.clip_frames, generator, begin=begin)
         x0 = self.codec.encode(clips.frames)
         tokens = prompt_tokens(
             clips,
@@ -58,6 +66,7 @@ class TeacherStage(Stage):
             settings.drop_prompt,
             settings.drop_attribute,
             generator,
+            later,
         )
         group = 1 if index % 2 else self.config.cache.block_frames
         u = noise_levels(settings.batch, x0.shape[1], group, settings.mixed_noise, generator)
@@ -84,24 +93,3 @@ class TeacherStage(Stage):
         self.model.load_state_dict(state["model"])
         self.ema.values = state["ema"]
         self.optimizer.load(state["optimizer"])
-
-
-class RefineStage(TeacherStage):
-    """The teacher once more, from its averaged weights and mostly on clips of even noise.
-
-    Once the network knows how frames hang together, what is left to learn is to begin from nothing.
-    """
-
-    name = "refine"
-
-    def __init__(
-        self,
-        config: TrainConfig,
-        seed: int,
-        codec: LinearCodec,
-        text: VocabularyEncoder,
-        teacher: dict[str, Tensor],
-    ) -> None:
-        super().__init__(config, seed, codec, text)
-        self.model.load_state_dict(teacher)
-        self.ema = Ema(self.model, self.settings.ema)

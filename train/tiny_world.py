@@ -1,9 +1,8 @@
-"""The tiny world: a coloured handwritten digit drifting over a canvas that wraps around, and its prompts.
+"""The tiny world: a coloured handwritten digit moving through a framed arena, and its prompts.
 
 The digits are the 1,797 real ones bundled with scikit-learn (UCI optical recognition of handwritten
-digits), smoothly enlarged. Motion is four pixels (one latent cell) a frame along each named axis, and the
-canvas is a torus, so a prompt stays true for as long as a video lasts, and every stretch of it looks like
-its beginning. Whole cells matter: docs/tiny-world.md tells what slower motion did to the teacher.
+digits), smoothly enlarged. A digit sets out in the direction that its prompt names, from the side that gives
+it room to do so for a whole clip of the teacher, and bounces off the frame for ever after.
 """
 
 from __future__ import annotations
@@ -18,9 +17,12 @@ from torch import Tensor
 from asd_rt.errors import ConfigError
 
 CANVAS = 32
-GLYPH = 20
+GLYPH = 16
+BORDER = 1
+ROOM = CANVAS - 2 * BORDER - GLYPH  # pixels that a digit can travel along an axis
+SPREAD = 3  # of start positions along a moving axis: no bounce within ROOM - SPREAD + 1 frames
+PERIOD = 2 * ROOM  # frames (at one pixel a frame) until a digit is back where it was
 FPS = 16
-SPEED = 4  # pixels a frame; start positions are multiples of it
 TEST_EVERY = 6  # every sixth glyph is held out of all training
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -34,6 +36,7 @@ COLOURS = {
     "white": (0.96, 0.96, 0.96),
 }
 BACKGROUND = (0.055, 0.063, 0.110)
+FRAME = (0.20, 0.22, 0.33)
 DIRECTIONS = {
     "up": (-1, 0),
     "up and right": (-1, 1),
@@ -81,13 +84,15 @@ class Clips:
 
 
 def load_glyphs() -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """All digit images, enlarged to float32 [1797, 20, 20] in 0..1, and their classes."""
+    """All digit images, enlarged to float32 [1797, GLYPH, GLYPH] in 0..1, and their classes."""
     from scipy.ndimage import zoom
     from sklearn.datasets import load_digits
 
     digits = load_digits()
-    images = np.pad(digits.images / 16.0, ((0, 0), (1, 1), (1, 1)))
-    large = zoom(images, (1, GLYPH / 10, GLYPH / 10), order=3, mode="grid-constant", grid_mode=True)
+    factor = GLYPH / 8
+    large = zoom(
+        digits.images / 16.0, (1, factor, factor), order=3, mode="grid-constant", grid_mode=True
+    )
     x = np.clip((large - 0.12) / 0.7, 0.0, 1.0)
     return (x * x * (3 - 2 * x)).astype(np.float32), digits.target.astype(np.int64)
 
@@ -107,15 +112,31 @@ class TinyWorld:
         self.classes = torch.from_numpy(classes[keep])
         self.colours = torch.tensor(list(COLOURS.values()))
         self.velocities = torch.tensor(list(DIRECTIONS.values()))
-        self.background = torch.tensor(BACKGROUND)
+        empty = torch.tensor(FRAME).view(3, 1, 1).repeat(1, CANVAS, CANVAS)
+        inner = slice(BORDER, CANVAS - BORDER)
+        empty[:, inner, inner] = torch.tensor(BACKGROUND).view(3, 1, 1)
+        self.empty = empty
 
     def draw(
-        self, count: int, frames: int, generator: torch.Generator, labels: Tensor | None = None
+        self,
+        count: int,
+        frames: int,
+        generator: torch.Generator,
+        labels: Tensor | None = None,
+        begin: Tensor | None = None,
     ) -> Clips:
-        """`count` random clips, or clips of given `labels` int64 [count, 3] (digit, colour, direction)."""
+        """Draw random clips.
 
-        def randint(high: int, size: int = count) -> Tensor:
-            return torch.randint(high, (size,), generator=generator)
+        Args:
+            count: of clips.
+            frames: of a clip.
+            generator: of all chances.
+            labels: int64 [count, 3] (digit, colour, direction); None = random.
+            begin: int64 [count], the frame of its life that each clip begins with; None = 0.
+        """
+
+        def randint(high: int) -> Tensor:
+            return torch.randint(high, (count,), generator=generator)
 
         if labels is None:
             glyph = randint(len(self.glyphs))
@@ -130,21 +151,22 @@ class TinyWorld:
                 ]
             )
             colour, direction = labels[:, 1], labels[:, 2]
-        cells = CANVAS // SPEED
-        start = torch.stack([randint(cells), randint(cells)], dim=1)
-        travel = torch.arange(frames)[:, None] * self.velocities[direction][:, None]
-        place = SPEED * (start[:, None] + travel)
+        near = torch.stack([randint(SPREAD + 1), randint(SPREAD + 1)], dim=1)
+        anywhere = torch.stack([randint(ROOM + 1), randint(ROOM + 1)], dim=1)
+        velocity = self.velocities[direction]
+        start = torch.where(velocity > 0, near, torch.where(velocity < 0, ROOM - near, anywhere))
+        time = torch.arange(frames)[None, :] + (0 if begin is None else begin[:, None])
+        unfolded = (start[:, None] + time[..., None] * velocity[:, None]) % PERIOD
+        place = BORDER + torch.minimum(unfolded, PERIOD - unfolded)  # [B, F, 2]
         axis = torch.arange(CANVAS)
         rows = (axis - place[..., :1]) % CANVAS  # [B, F, 32]
         columns = (axis - place[..., 1:]) % CANVAS
         mask = self.glyphs[glyph][:, None].expand(-1, frames, -1, -1)
         mask = mask.gather(2, rows[..., :, None].expand(-1, -1, -1, CANVAS))
-        mask = mask.gather(3, columns[..., None, :].expand(-1, -1, CANVAS, -1))
-        ground = self.background.view(1, 1, 3, 1, 1)
+        mask = mask.gather(3, columns[..., None, :].expand(-1, -1, CANVAS, -1))[:, :, None]
         paint = self.colours[colour].view(-1, 1, 3, 1, 1)
-        return Clips(
-            ground + mask[:, :, None] * (paint - ground), self.classes[glyph], colour, direction
-        )
+        pictures = self.empty + mask * (paint - self.empty)
+        return Clips(pictures, self.classes[glyph], colour, direction)
 
 
 def random_labels(count: int, generator: torch.Generator) -> Tensor:
