@@ -22,7 +22,7 @@ from train.codec import LinearCodec, VocabularyEncoder
 from train.losses import shifted_sigma
 from train.model import WanModel
 from train.rollout import rollout
-from train.tiny_world import TinyWorld, label_tokens
+from train.tiny_world import DIRECTIONS, TinyWorld, label_tokens
 
 BATCH = 64
 BOOTSTRAP = 1000
@@ -81,16 +81,34 @@ class Row:
     frechet: float
 
 
+def same_axes(found: Tensor, wanted: Tensor) -> Tensor:
+    """Whether directions [N] move along the same axes, whatever way round: bool [N]."""
+    axes = torch.tensor(list(DIRECTIONS.values())).abs()
+    return (axes[found] == axes[wanted]).all(dim=1)
+
+
 def score(
     name: str,
     classifier: Classifier,
     frames: Tensor,
     labels: Tensor,
     reference: NDArray[np.float64],
+    later: bool = False,
 ) -> Row:
-    """Judge clips against the `labels` [N, 3] they should show; `reference`: features of real clips."""
+    """Judge clips against the `labels` [N, 3] they should show.
+
+    Args:
+        name: of the row.
+        classifier: the judge.
+        frames: [N, F, 3, 32, 32].
+        labels: digit, colour and direction that were asked for.
+        reference: features of real clips, [M, D].
+        later: clips from later in a video, where digits may have turned round: only the axes count.
+    """
     found, features = judge(classifier, frames)
     hits = (found == labels).numpy()
+    if later:
+        hits[:, 2] = same_axes(found[:, 2], labels[:, 2]).numpy()
     single = [bootstrap(hits[:, i]) for i in range(3)]
     distance = frechet_distance(features.double().numpy(), reference)
     return Row(name, len(labels), *single, bootstrap(hits.all(axis=1)), distance)

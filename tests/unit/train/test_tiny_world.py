@@ -9,10 +9,12 @@ from asd_rt.errors import ConfigError
 from asd_rt.tokenizer import tokenize
 from train.codec import LinearCodec, VocabularyEncoder
 from train.tiny_world import (
+    BORDER,
+    CANVAS,
     COLOURS,
     DIGITS,
     DIRECTIONS,
-    SPEED,
+    PERIOD,
     TinyWorld,
     label_tokens,
     prompt_text,
@@ -36,14 +38,38 @@ def test_splits_share_no_glyph(world: TinyWorld) -> None:
         TinyWorld("all")
 
 
-def test_motion_is_steady_and_wraps(world: TinyWorld) -> None:
-    for direction, (dy, dx) in enumerate(DIRECTIONS.values()):
-        labels = torch.tensor([[3, 0, direction]])
-        clip = world.draw(1, 40, torch.Generator().manual_seed(7), labels)
-        frames = clip.frames[0]
-        for f in (0, 17, 38):
-            moved = torch.roll(frames[f], (SPEED * dy, SPEED * dx), dims=(1, 2))
-            torch.testing.assert_close(frames[f + 1], moved)
+def centre(clip: torch.Tensor, world: TinyWorld) -> torch.Tensor:
+    """Centre of what is not empty arena, [F, 2] rows and columns."""
+    ink = (clip - world.empty).abs().sum(dim=1)
+    axis = torch.arange(CANVAS, dtype=torch.float32)
+    total = ink.sum(dim=(1, 2))
+    rows = (ink.sum(dim=2) * axis).sum(dim=1) / total
+    columns = (ink.sum(dim=1) * axis).sum(dim=1) / total
+    return torch.stack([rows, columns], dim=1)
+
+
+def test_a_digit_sets_out_as_its_prompt_says_for_a_whole_clip(world: TinyWorld) -> None:
+    for direction, velocity in enumerate(DIRECTIONS.values()):
+        labels = torch.tensor([[3, 0, direction]] * 8)
+        clips = world.draw(8, 12, torch.Generator().manual_seed(7), labels)
+        for clip in clips.frames:
+            steps = centre(clip, world).diff(dim=0)
+            expected = torch.tensor(velocity, dtype=torch.float32).expand_as(steps)
+            torch.testing.assert_close(steps, expected, atol=1e-2, rtol=0)
+
+
+def test_a_digit_bounces_and_comes_back_after_a_period(world: TinyWorld) -> None:
+    labels = torch.tensor([[8, 1, 1]])
+    clip = world.draw(1, 2 * PERIOD, torch.Generator().manual_seed(1), labels).frames[0]
+    torch.testing.assert_close(clip[:PERIOD], clip[PERIOD:])
+    steps = centre(clip, world).diff(dim=0)
+    assert steps[0, 0] < 0 < steps[PERIOD // 2, 0]
+    begin = torch.tensor([9])
+    later = world.draw(1, 5, torch.Generator().manual_seed(1), labels, begin).frames[0]
+    torch.testing.assert_close(later, clip[9:14])
+    inner = clip[:, :, BORDER:-BORDER, BORDER:-BORDER]
+    assert torch.equal(clip[:, :, 0], world.empty[None, :, 0].expand(len(clip), -1, -1))
+    assert inner.shape[-1] == CANVAS - 2 * BORDER
 
 
 def test_asked_labels_are_drawn(world: TinyWorld) -> None:
