@@ -56,8 +56,7 @@ def spread_over(frames: int, columns: int) -> list[int]:
 def draw_sheet(rows: Sequence[Row], columns: int, fps: float, note: str = "") -> Image.Image:
     """Draw `rows`, all of one size and length.
 
-    Pixels are enlarged to whole squares and frames stand apart: on a canvas that wraps around, a digit that
-    leaves at one edge comes back at the other, and only a gutter shows where that edge is.
+    Pixels are enlarged to whole squares, and frames stand apart so that the edge of each picture shows.
 
     Args:
         rows: the videos.

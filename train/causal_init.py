@@ -82,8 +82,10 @@ class InitStage(Stage):
     def step(self, index: int) -> dict[str, float]:
         settings, cache = self.config.init, self.config.cache
         generator = step_generator(self.seed, self.name, index)
-        clips = self.world.draw(settings.batch, settings.frames, generator)
-        x0 = self.codec.encode(clips.frames)
+        positions = jump_after_sinks(cache, settings.frames, generator)
+        shown = [f if f == at else f + PERIOD for f, at in enumerate(positions)]
+        clips = self.world.draw(settings.batch, shown[-1] + 1, generator)
+        x0 = self.codec.encode(clips.frames[:, shown])
         batch, frames, _, height, width = x0.shape
         tokens = prompt_tokens(
             clips,
@@ -101,7 +103,6 @@ class InitStage(Stage):
         noise = torch.randn(x0.shape, generator=generator)
         x = torch.cat([x0, noisy_latents(x0, noise, sigma)], dim=1)
         timesteps = 1000 * torch.cat([torch.zeros_like(sigma), sigma], dim=1)
-        positions = jump_after_sinks(cache, frames, generator)
         cos, sin = make_rope(self.config.model, positions * 2, (height // 2, width // 2))
         mask = teacher_forcing_mask(cache, frames, height * width // 4)
         with torch.autocast("cpu", torch.bfloat16):

@@ -1,7 +1,7 @@
 """Stage "classifier": the judge of the tiny world, trained on real clips alone.
 
 It names digit and colour from single frames (averaged over the clip) and direction from pairs of neighbouring
-frames.
+frames. It sees the digit without its trail: motion that only the trail claims does not count.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from train.codec import LinearCodec
 from train.config import TrainConfig
 from train.stage import Stage, step_generator, warmup_cosine
-from train.tiny_world import COLOURS, DIGITS, DIRECTIONS, TinyWorld
+from train.tiny_world import COLOURS, DIGITS, DIRECTIONS, TinyWorld, without_trail
 
 FRAMES = 2  # frames of a clip seen in training: one pair
 FEATURES = 128
@@ -44,12 +44,13 @@ class Classifier(nn.Module):
 
     def features(self, frames: Tensor) -> Tensor:
         """Appearance of a clip, [B, 2 * FEATURES]: mean and maximum over places, mean over frames."""
-        x = self.look(frames.flatten(0, 1) - 0.2)
+        x = self.look(without_trail(frames).flatten(0, 1) - 0.2)
         x = torch.cat([x.mean(dim=(2, 3)), x.amax(dim=(2, 3))], dim=1)
         return x.view(*frames.shape[:2], -1).mean(dim=1)
 
     def forward(self, frames: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         look = self.features(frames)
+        frames = without_trail(frames)
         pairs = torch.cat([frames[:, :-1], frames[:, 1:]], dim=2) - 0.2
         move = (
             self.move(pairs.flatten(0, 1)).mean(dim=(2, 3)).view(*pairs.shape[:2], -1).mean(dim=1)

@@ -33,6 +33,7 @@ class TeacherConfig:
     ema: float
     shift: float
     mixed_noise: float
+    anchored_noise: float
     later_share: float
     drop_prompt: float
     drop_attribute: float
@@ -65,6 +66,7 @@ class DistillConfig:
     critic_updates: int
     guidance: float
     mixed_noise: float
+    anchored_noise: float
     step_weights: tuple[float, ...]
     first_steps_share: float
     long_share: float

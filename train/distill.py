@@ -169,6 +169,7 @@ class DistillStage(Stage):
             self.config.cache.block_frames,
             settings.mixed_noise,
             generator,
+            settings.anchored_noise,
         )
         sigma = shifted_sigma(u, self.config.timestep_shift)
         return torch.where(sigma > 0, sigma.clamp(0.02, 0.98), sigma)

@@ -13,20 +13,34 @@ def shifted_sigma(u: Tensor, shift: float) -> Tensor:
 
 
 def noise_levels(
-    batch: int, frames: int, group: int, mixed: float, generator: torch.Generator
+    batch: int,
+    frames: int,
+    group: int,
+    mixed: float,
+    generator: torch.Generator,
+    anchored: float = 0.0,
 ) -> Tensor:
     """Uniform noise levels u [B, F] in 0..1 before any shift.
 
-    A share `mixed` of the clips has a level of its own for every `group` frames, a quarter of those clean;
-    the others have one level for the whole clip. Noisy frames beside cleaner ones show how frames hang
-    together long before that can be seen in clips of even noise. Source: Diffusion Forcing.
+    A share `mixed` of the clips has a level of its own for every `group` frames, a quarter of those clean.
+    A share `anchored` has one frame, anywhere, that is clean or nearly so among noisy ones: it shows where
+    the digit is, and only the prompt tells where it comes from and goes to. The others have one level for
+    the whole clip. Noisy frames beside cleaner ones show how frames hang together, and what a direction
+    means, long before that can be seen in clips of even noise. Source: Diffusion Forcing.
     """
     groups = (batch, frames // group)
     own = torch.rand(groups, generator=generator)
     own = own * (torch.rand(groups, generator=generator) >= 0.25)
-    is_mixed = torch.rand(batch, 1, generator=generator) < mixed
+    kind = torch.rand(batch, 1, generator=generator)
     shared = torch.rand(batch, 1, generator=generator)
-    return torch.where(is_mixed, own, shared).repeat_interleave(group, dim=1)
+    levels = torch.where(kind < mixed, own, shared).repeat_interleave(group, dim=1)
+    if anchored:
+        anchor = 0.5 * torch.rand(batch, 1, generator=generator)
+        anchor = anchor * (torch.rand(anchor.shape, generator=generator) < 0.5)
+        at = torch.randint(frames, (batch, 1), generator=generator)
+        around = shared.clamp_min(0.5).expand(-1, frames).scatter(1, at, anchor)
+        levels = torch.where(kind >= 1 - anchored, around, levels)
+    return levels
 
 
 def _broadcast(sigma: Tensor, like: Tensor) -> Tensor:

@@ -69,7 +69,14 @@ class TeacherStage(Stage):
             later,
         )
         group = 1 if index % 2 else self.config.cache.block_frames
-        u = noise_levels(settings.batch, x0.shape[1], group, settings.mixed_noise, generator)
+        u = noise_levels(
+            settings.batch,
+            x0.shape[1],
+            group,
+            settings.mixed_noise,
+            generator,
+            settings.anchored_noise,
+        )
         sigma = shifted_sigma(u, settings.shift)
         noise = torch.randn(x0.shape, generator=generator)
         timesteps = 1000 * sigma

@@ -2,7 +2,8 @@
 
 The digits are the 1,797 real ones bundled with scikit-learn (UCI optical recognition of handwritten
 digits), smoothly enlarged. A digit sets out in the direction that its prompt names, from the side that gives
-it room to do so for a whole clip of the teacher, and bounces off the frame for ever after.
+it room to do so for a whole clip of the teacher, and bounces off the frame for ever after. It leaves a dim
+trail behind, so that a single frame already tells where it is going.
 """
 
 from __future__ import annotations
@@ -17,11 +18,14 @@ from torch import Tensor
 from asd_rt.errors import ConfigError
 
 CANVAS = 32
-GLYPH = 16
+GLYPH = 12
 BORDER = 1
 ROOM = CANVAS - 2 * BORDER - GLYPH  # pixels that a digit can travel along an axis
-SPREAD = 3  # of start positions along a moving axis: no bounce within ROOM - SPREAD + 1 frames
+SPREAD = 7  # of start positions along a moving axis: no bounce within ROOM - SPREAD + 1 frames
 PERIOD = 2 * ROOM  # frames (at one pixel a frame) until a digit is back where it was
+TRAIL = 0.4  # brightness of the trail just behind the digit
+TRAIL_DECAY = 0.85  # of the trail, a frame
+TRAIL_FRAMES = 16  # after which nothing of it can be seen
 FPS = 16
 TEST_EVERY = 6  # every sixth glyph is held out of all training
 
@@ -116,6 +120,8 @@ class TinyWorld:
         inner = slice(BORDER, CANVAS - BORDER)
         empty[:, inner, inner] = torch.tensor(BACKGROUND).view(3, 1, 1)
         self.empty = empty
+        self.inside = torch.zeros(CANVAS, CANVAS)
+        self.inside[inner, inner] = 1
 
     def draw(
         self,
@@ -155,18 +161,37 @@ class TinyWorld:
         anywhere = torch.stack([randint(ROOM + 1), randint(ROOM + 1)], dim=1)
         velocity = self.velocities[direction]
         start = torch.where(velocity > 0, near, torch.where(velocity < 0, ROOM - near, anywhere))
-        time = torch.arange(frames)[None, :] + (0 if begin is None else begin[:, None])
-        unfolded = (start[:, None] + time[..., None] * velocity[:, None]) % PERIOD
-        place = BORDER + torch.minimum(unfolded, PERIOD - unfolded)  # [B, F, 2]
-        axis = torch.arange(CANVAS)
-        rows = (axis - place[..., :1]) % CANVAS  # [B, F, 32]
-        columns = (axis - place[..., 1:]) % CANVAS
-        mask = self.glyphs[glyph][:, None].expand(-1, frames, -1, -1)
+        time = torch.arange(-TRAIL_FRAMES, frames) + (0 if begin is None else begin[:, None])
+        time = time.expand(count, -1)[..., None]
+        straight = start[:, None] + time * velocity[:, None]
+        folded = torch.minimum(straight % PERIOD, PERIOD - straight % PERIOD)
+        place = BORDER + torch.where(time < 0, straight, folded)  # [B, F, 2]
+        nothing = CANVAS - 1  # an empty row and column of the glyph pictures
+        offset = torch.arange(CANVAS) - place[..., None]  # [B, F, 2, 32]
+        rows, columns = torch.where(offset < 0, nothing, offset.clamp_max(nothing)).unbind(dim=2)
+        mask = self.glyphs[glyph][:, None].expand(-1, place.shape[1], -1, -1)
         mask = mask.gather(2, rows[..., :, None].expand(-1, -1, -1, CANVAS))
-        mask = mask.gather(3, columns[..., None, :].expand(-1, -1, CANVAS, -1))[:, :, None]
+        mask = mask.gather(3, columns[..., None, :].expand(-1, -1, CANVAS, -1))
+        mask = self.inside * with_trail(mask)[:, TRAIL_FRAMES:, None]
         paint = self.colours[colour].view(-1, 1, 3, 1, 1)
         pictures = self.empty + mask * (paint - self.empty)
         return Clips(pictures, self.classes[glyph], colour, direction)
+
+
+def with_trail(mask: Tensor) -> Tensor:
+    """Add to every frame of masks [B, F, H, W] the fading trail of those before."""
+    trail = TRAIL * mask[:, 0]
+    frames = []
+    for frame in mask.unbind(dim=1):
+        frames.append(torch.maximum(frame, trail))
+        trail = torch.maximum(TRAIL * frame, TRAIL_DECAY * trail)
+    return torch.stack(frames, dim=1)
+
+
+def without_trail(frames: Tensor) -> Tensor:
+    """Frames [B, F, 3, H, W] with all that is dim turned black: neither trail nor frame, only the digit."""
+    brightest = frames.amax(dim=2, keepdim=True)
+    return frames * ((brightest - 0.5) / 0.3).clamp(0, 1)
 
 
 def random_labels(count: int, generator: torch.Generator) -> Tensor:

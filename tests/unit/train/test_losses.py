@@ -109,3 +109,18 @@ def test_noise_levels_are_shared_or_of_their_own_by_groups() -> None:
     assert (mixed.unflatten(1, (4, 3)) == mixed[:, ::3, None]).all()
     assert 0.15 < (mixed == 0).float().mean() < 0.35
     assert mixed.max() < 1
+
+
+def test_anchored_noise_levels_leave_one_frame_clearer_than_the_others() -> None:
+    generator = torch.Generator().manual_seed(0)
+    levels = noise_levels(300, 12, 1, 0.0, generator, anchored=1.0)
+    anchor, around = levels.min(dim=1, keepdim=True).values, levels.max(dim=1, keepdim=True).values
+    assert (around >= 0.5).all()
+    assert (anchor <= 0.5).all()
+    assert ((levels == anchor).sum(dim=1) == 1).all()
+    assert ((levels == around).sum(dim=1) == 11).all()
+    assert 0.3 < (anchor == 0).float().mean() < 0.7
+    assert len(levels.argmin(dim=1).unique()) == 12
+    both = noise_levels(400, 12, 3, 0.25, generator, anchored=0.35)
+    odd_one_out = (both != both[:, :1]).any(dim=1).float().mean()
+    assert 0.5 < odd_one_out < 0.7

@@ -20,6 +20,7 @@ from train.tiny_world import (
     prompt_text,
     random_labels,
     vocabulary,
+    without_trail,
 )
 
 
@@ -39,8 +40,8 @@ def test_splits_share_no_glyph(world: TinyWorld) -> None:
 
 
 def centre(clip: torch.Tensor, world: TinyWorld) -> torch.Tensor:
-    """Centre of what is not empty arena, [F, 2] rows and columns."""
-    ink = (clip - world.empty).abs().sum(dim=1)
+    """Centre of the digit, [F, 2] rows and columns."""
+    ink = without_trail(clip[None])[0].sum(dim=1)
     axis = torch.arange(CANVAS, dtype=torch.float32)
     total = ink.sum(dim=(1, 2))
     rows = (ink.sum(dim=2) * axis).sum(dim=1) / total
@@ -60,16 +61,29 @@ def test_a_digit_sets_out_as_its_prompt_says_for_a_whole_clip(world: TinyWorld) 
 
 def test_a_digit_bounces_and_comes_back_after_a_period(world: TinyWorld) -> None:
     labels = torch.tensor([[8, 1, 1]])
-    clip = world.draw(1, 2 * PERIOD, torch.Generator().manual_seed(1), labels).frames[0]
-    torch.testing.assert_close(clip[:PERIOD], clip[PERIOD:])
+    clip = world.draw(1, 3 * PERIOD, torch.Generator().manual_seed(1), labels).frames[0]
+    torch.testing.assert_close(clip[PERIOD : 2 * PERIOD], clip[2 * PERIOD :], atol=0.01, rtol=0)
     steps = centre(clip, world).diff(dim=0)
     assert steps[0, 0] < 0 < steps[PERIOD // 2, 0]
     begin = torch.tensor([9])
     later = world.draw(1, 5, torch.Generator().manual_seed(1), labels, begin).frames[0]
-    torch.testing.assert_close(later, clip[9:14])
+    torch.testing.assert_close(later, clip[9:14], atol=0.03, rtol=0)  # older trails are cut off
     inner = clip[:, :, BORDER:-BORDER, BORDER:-BORDER]
     assert torch.equal(clip[:, :, 0], world.empty[None, :, 0].expand(len(clip), -1, -1))
     assert inner.shape[-1] == CANVAS - 2 * BORDER
+
+
+def test_a_trail_fades_behind_the_digit_and_can_be_told_from_it(world: TinyWorld) -> None:
+    labels = torch.tensor([[1, 6, 2]])  # a white one, to the right
+    clip = world.draw(1, 12, torch.Generator().manual_seed(2), labels).frames
+    digit = without_trail(clip)
+    ink = (clip - world.empty).clamp_min(0).sum(dim=(2, 3))[0, -1]  # by column
+    core = digit.sum(dim=(2, 3))[0, -1].nonzero().flatten()
+    behind, ahead = ink[core[0] - 6 : core[0]], ink[core[-1] + 1 :]
+    assert behind.min() > 0.2
+    assert (behind.diff() >= 0).all()
+    assert ahead.sum() < behind.sum() / 4
+    assert digit[:, :, :, 0].abs().max() == 0  # the frame is gone, too
 
 
 def test_asked_labels_are_drawn(world: TinyWorld) -> None:
