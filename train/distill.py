@@ -41,12 +41,6 @@ from train.tiny_world import label_tokens, random_labels
 REPLAY = 8  # clips batches that the critic may see again
 
 
-def gradient_norm(loss: Tensor, x: Tensor) -> Tensor:
-    """Norm of d loss / d x, keeping the graph."""
-    (gradient,) = torch.autograd.grad(loss, x, retain_graph=True)
-    return gradient.norm()
-
-
 @dataclass(frozen=True, slots=True)
 class _Task:
     """One training step: what is rolled out, and which clip of it is judged under which prompt."""
@@ -63,6 +57,18 @@ class _Task:
     def plan(self, steps: int) -> list[int]:
         """Denoising steps of each block."""
         return [MAX_STEPS if self.enhanced else steps] + [steps] * (self.blocks - 1)
+
+
+@dataclass(frozen=True, slots=True)
+class _Pair:
+    """An n-step clip ("fake") beside an (n+1)-step one ("real"), noised alike, as the teacher sees them."""
+
+    fake_t: Tensor
+    real_t: Tensor
+    fake: list[Tensor]
+    real: list[Tensor]
+    sigma: Tensor
+    steps: Tensor
 
 
 class DistillStage(Stage):
@@ -190,25 +196,26 @@ class DistillStage(Stage):
                 target = self._rollout(prompt, task.plan(task.n + 1), task.positions, generator)
         sigma = self._sigma(generator)
         noise = torch.randn(settings.batch, window, *done.latents.shape[2:], generator=generator)
-        steps = torch.full((settings.batch,), task.n)
         with torch.autocast("cpu", torch.bfloat16):
             prompt = self.student.embed_prompt(task.context)
             x = last_passes(self.student, self.config.cache, done, prompt, first, window)
-            x_t = noisy_latents(x, noise, sigma)
-            gradient = self._dmd_gradient(x.detach(), x_t.detach(), sigma, task.score_context)
-            loss = dmd_loss(x, gradient)
+            clip = x.detach().requires_grad_()
+            x_t = noisy_latents(clip, noise, sigma)
+            gradient = self._dmd_gradient(clip.detach(), x_t.detach(), sigma, task.score_context)
+            (pull,) = torch.autograd.grad(dmd_loss(clip, gradient), clip)
+            pair = None
             if target is not None:
                 real_t = noisy_latents(target.latents[:, first : first + window], noise, sigma)
-                loss = loss + self._asd_generator(
-                    x, loss, x_t, real_t, sigma, task.score_context, steps
-                )
+                pair = self._read_pair(x_t, real_t, sigma, task)
+                adversarial = self._asd_loss(pair)
+                (push,) = torch.autograd.grad(adversarial, clip)
+                # Weighted by gradient norms: ASD's raw gradient grows manyfold in a run, DMD's does not.
+                pull = pull + settings.asd_ratio * pull.norm() / push.norm().clamp_min(1e-12) * push
         figures = {"loss": gradient.abs().mean().item(), "n": float(task.n)}
-        figures["grad_norm"] = self._update("student", loss)
+        figures["grad_norm"] = self._update("student", (x * pull).sum())
         self.ema.update(self.student, settings.ema if index >= settings.ema_start else 0.0)
-        if target is not None:
-            figures["disc"] = self._discriminator_step(
-                x_t.detach(), real_t, sigma, task.score_context, steps, generator
-            )
+        if pair is not None:
+            figures["disc"] = self._discriminator_step(pair, task, generator)
         self.replay.append((x.detach().to(torch.bfloat16), task.score_context))
         losses = []
         for update in range(settings.critic_updates):
@@ -267,46 +274,34 @@ class DistillStage(Stage):
         flow = guided_x0(cond, uncond, self.config.distill.guidance)
         return dmd_gradient(x, flow_to_x0(fake, x_t, sigma), flow_to_x0(flow, x_t, sigma))
 
-    def _asd_generator(
-        self,
-        x: Tensor,
-        dmd: Tensor,
-        x_t: Tensor,
-        real_t: Tensor,
-        sigma: Tensor,
-        context: Tensor,
-        steps: Tensor,
-    ) -> Tensor:
-        """ASD loss scaled so that its gradient on x is `asd_ratio` times DMD's."""
+    def _read_pair(self, fake_t: Tensor, real_t: Tensor, sigma: Tensor, task: _Task) -> _Pair:
+        """The teacher's features of an n-step clip (with gradient) and an (n+1)-step clip, both noised."""
+        _, fake = self._score(self.teacher, fake_t, sigma, task.score_context, features=True)
         with torch.no_grad():
-            _, real_features = self._score(self.teacher, real_t, sigma, context, features=True)
-            real = self.discriminator(real_features, steps, sigma)
-        _, features = self._score(self.teacher, x_t, sigma, context, features=True)
-        loss = asd_generator_loss(self.discriminator(features, steps, sigma), real)
-        ratio = gradient_norm(dmd, x) / gradient_norm(loss, x).clamp_min(1e-12)
-        return self.config.distill.asd_ratio * ratio * loss
+            _, real = self._score(self.teacher, real_t, sigma, task.score_context, features=True)
+        steps = torch.full((len(sigma),), task.n)
+        return _Pair(fake_t.detach(), real_t, fake, real, sigma, steps)
 
-    def _discriminator_step(
-        self,
-        fake_t: Tensor,
-        real_t: Tensor,
-        sigma: Tensor,
-        context: Tensor,
-        steps: Tensor,
-        generator: torch.Generator,
-    ) -> float:
+    def _asd_loss(self, pair: _Pair) -> Tensor:
+        with torch.no_grad():
+            real = self.discriminator(pair.real, pair.steps, pair.sigma)
+        return asd_generator_loss(self.discriminator(pair.fake, pair.steps, pair.sigma), real)
+
+    def _discriminator_step(self, pair: _Pair, task: _Task, generator: torch.Generator) -> float:
+        """Relativistic loss, with approximate R1 and R2: how far do logits move when clips are shaken?"""
         settings = self.config.distill
-        clips = torch.cat([fake_t, real_t])
+        clips = torch.cat([pair.fake_t, pair.real_t])
         shaken = clips + settings.regularise_sigma * torch.randn(clips.shape, generator=generator)
+        sigma = pair.sigma.repeat(2, 1)
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            _, features = self._score(
-                self.teacher,
-                torch.cat([clips, shaken]),
-                sigma.repeat(4, 1),
-                context.repeat(4, 1, 1),
-                features=True,
+            _, moved = self._score(
+                self.teacher, shaken, sigma, task.score_context.repeat(2, 1, 1), features=True
             )
-        logits = self.discriminator(features, steps.repeat(4), sigma.repeat(4, 1))
+        features = [
+            torch.cat([fake.detach(), real, both])
+            for fake, real, both in zip(pair.fake, pair.real, moved, strict=True)
+        ]
+        logits = self.discriminator(features, pair.steps.repeat(4), sigma.repeat(2, 1))
         fake, real, fake_shaken, real_shaken = logits.chunk(4)
         loss = asd_discriminator_loss(fake, real)
         penalty = settings.r1_weight * finite_difference_penalty(real, real_shaken)
