@@ -149,13 +149,8 @@ def teacher_sampler(
     steps: int,
     guidance: float,
     shift: float,
-    block_frames: int,
 ) -> Callable[[Tensor, int, int], Tensor]:
-    """Euler sampling of the bidirectional teacher with classifier-free guidance, block after block.
-
-    The teacher was trained with blocks of different noise levels side by side, so it can continue a clip:
-    each pass covers all frames, finished blocks clean (t = 0), one being denoised, later ones pure noise.
-    """
+    """Euler sampling of whole clips from the bidirectional teacher, with classifier-free guidance."""
 
     @torch.no_grad()
     def sample(labels: Tensor, frames: int, seed: int) -> Tensor:
@@ -166,16 +161,12 @@ def teacher_sampler(
         context = torch.cat([context, torch.zeros_like(context)])
         sigmas = shifted_sigma(torch.linspace(1, 0, steps + 1), shift)
         clip = noise
-        timesteps = torch.full((2 * len(labels), frames), float(TRAIN_TIMESTEPS))
-        for start in range(0, frames, block_frames):
-            span = slice(start, start + block_frames)
-            for now, after in pairwise(sigmas):
-                timesteps[:, span] = TRAIN_TIMESTEPS * now
-                with torch.autocast("cpu", torch.bfloat16):
-                    flow = model(torch.cat([clip, clip]), timesteps, context)[:, span].float()
-                cond, uncond = flow.chunk(2)
-                clip[:, span] += (after - now) * (uncond + guidance * (cond - uncond))
-            timesteps[:, span] = 0
+        for now, after in pairwise(sigmas):
+            timesteps = torch.full((2 * len(labels), frames), TRAIN_TIMESTEPS * float(now))
+            with torch.autocast("cpu", torch.bfloat16):
+                flow = model(torch.cat([clip, clip]), timesteps, context).float()
+            cond, uncond = flow.chunk(2)
+            clip = clip + (after - now) * (uncond + guidance * (cond - uncond))
         return codec.decode(clip)
 
     return sample
