@@ -241,9 +241,9 @@ def _model_card(world: _World, rows: list[Row], command: str) -> str:
     size = sum(p.numel() for p in WanModel(config.model).parameters())
     return f"""# {config.name}: a causal student of the tiny world
 
-One coloured handwritten digit moving through a framed 32x32 arena, 16 frames a second, trailing a dim glow. It
-sets out in the direction of the prompt and bounces off the frame. One set of weights serves 1, 2, 3 and 4
-denoising steps.
+One coloured handwritten digit moving through a framed 32x32 arena, 16 frames a second, trailing a dim
+glow. It sets out in the direction of the prompt and bounces off the frame. One set of weights serves 1, 2, 3
+and 4 denoising steps.
 
 - Network: Wan2.1 architecture, {size / 1e6:.2f} M parameters, dim {config.model.dim},
   {config.model.num_layers} layers, stored as float16.
@@ -257,8 +257,9 @@ denoising steps.
 
 ## Scores
 Judged by an independent classifier trained on real clips, which sees the digit without its trail; the same
-{rows[0].clips} prompts for every row, the same noise for every student row; 95 % bootstrap intervals. Frechet distance is on the classifier's
-appearance features (lower is better). `*` is First-Frame Enhancement: the first block gets 4 steps. In
-frames 37-48 a digit may have turned round: there only the axes of its motion count.
+{rows[0].clips} prompts for every row, the same noise for every student row; 95 % bootstrap intervals.
+Frechet distance is on the classifier's appearance features (lower is better). `*` is First-Frame
+Enhancement: the first block gets 4 steps. In frames 37-48 a digit may have turned round: there only the
+axes of its motion count.
 
 {markdown(rows)}"""
