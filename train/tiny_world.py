@@ -25,7 +25,7 @@ SPREAD = 7  # of start positions along a moving axis: no bounce within ROOM - SP
 PERIOD = 2 * ROOM  # frames (at one pixel a frame) until a digit is back where it was
 TRAIL = 0.4  # brightness of the trail just behind the digit
 TRAIL_DECAY = 0.85  # of the trail, a frame
-TRAIL_FRAMES = 16  # after which nothing of it can be seen
+TRAIL_FRAMES = 16  # after which hardly anything of it can be seen
 FPS = 16
 TEST_EVERY = 6  # every sixth glyph is held out of all training
 
