@@ -7,11 +7,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from asd_rt.costs import CostModel
+from asd_rt.deadline import DeadlinePlan
 from asd_rt.errors import ConfigError, PromptError
 from asd_rt.frame_loop import Request
 from asd_rt.manifest import Manifest
 from asd_rt.plan import FixedPlan
-from asd_rt.schedule import MAX_STEPS
+from asd_rt.schedule import MAX_STEPS, check_steps
 from asd_rt.tokenizer import tokenize
 
 DEFAULT_FRAMES = 48
@@ -29,20 +31,45 @@ def check_renoise(request: Request, block_frames: int) -> None:
             )
 
 
-def make_plan(manifest: Manifest, steps: int | None, first_steps: int | None) -> FixedPlan:
-    """A fixed plan; what is None comes from the manifest.
+def make_plan(
+    manifest: Manifest,
+    steps: int | None,
+    first_steps: int | None,
+    deadline_ms: float | None = None,
+    costs: CostModel | None = None,
+) -> FixedPlan | DeadlinePlan:
+    """A fixed plan, or with `deadline_ms` one that meets it; what is None comes from the manifest.
 
     `steps` alone keeps the manifest's first-frame enhancement, but never gives the first block fewer steps
-    than the others.
+    than the others. With a deadline both are upper bounds, and `steps` is 4 where it is None: as many as fit.
+
+    Args:
+        manifest: of the engine.
+        steps: of a later block.
+        first_steps: of the first block.
+        deadline_ms: time that a later block may take.
+        costs: of this engine on this machine, for a deadline.
 
     Raises:
-        ConfigError: steps not in 1..4.
+        ConfigError: steps not in 1..4, or no possible deadline.
     """
     default = manifest.default_plan
-    plan = FixedPlan(steps=default["steps"] if steps is None else steps)
+    if steps is None:
+        steps = default["steps"] if deadline_ms is None else MAX_STEPS
+    check_steps(steps)
     if first_steps is None:
-        first_steps = max(default["first_steps"], plan.steps)
-    return FixedPlan(plan.steps, first_steps)
+        first_steps = max(default["first_steps"], steps)
+    if deadline_ms is None:
+        return FixedPlan(steps, first_steps)
+    return DeadlinePlan(deadline_ms=deadline_ms, steps=steps, first_steps=first_steps, costs=costs)
+
+
+def frame_deadline_ms(manifest: Manifest, fps: float) -> float:
+    """The deadline of a block, in ms, whose frames are to come at `fps` a second.
+
+    Decoders make one frame of video per latent frame (docs/engine.md).
+    """
+    return manifest.cache.block_frames * 1e3 / fps
 
 
 def default_frames(manifest: Manifest) -> int:

@@ -29,6 +29,7 @@ def measure(
     warmup: int = DEFAULT_WARMUP,
     repeats: int = DEFAULT_REPEATS,
     latent_hw: tuple[int, int] | None = None,
+    deadline_ms: float | None = None,
     on_block: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Generate the same video `warmup` times unmeasured and `repeats` times measured.
@@ -40,6 +41,7 @@ def measure(
         warmup: videos whose times are thrown away.
         repeats: videos whose times count.
         latent_hw: latent (rows, columns), for an engine that fixes none.
+        deadline_ms: time that a block may take; steps are then the most that a block gets.
         on_block: called after every block, for a progress bar.
 
     Returns:
@@ -59,16 +61,19 @@ def measure(
     manifest = session.manifest
     frames = blocks * manifest.cache.block_frames
     context = _context(session)
+    plan = make_plan(manifest, steps, first_steps, deadline_ms)
+    deadline: dict[str, Any] = {} if deadline_ms is None else {"deadline_ms": deadline_ms}
     records: list[dict[str, Any]] = []
     for repeat in range(warmup + repeats):
-        stream = session.generate_from(context, repeat, frames, steps, first_steps, latent_hw)
+        stream = session.generate_from(
+            context, repeat, frames, steps, first_steps, latent_hw, **deadline
+        )
         video: list[Block] = []
         for block in stream:
             video.append(block)
             on_block()
         if repeat >= warmup:
             records += [timing_record(block, video[0].index) for block in video]
-    plan = make_plan(manifest, steps, first_steps)
     return {
         "engine": str(session.engine.path),
         "sha256": manifest.parts["denoiser"].sha256,
@@ -77,7 +82,7 @@ def measure(
         "device": session.engine.device,
         "machine": timing.describe_machine(),
         "versions": timing.versions(),
-        "plan": {"steps": plan.steps, "first_steps": plan.first_steps},
+        "plan": {"steps": plan.steps, "first_steps": plan.first_steps, **deadline},
         "blocks": blocks,
         "block_frames": manifest.cache.block_frames,
         "warmup": warmup,
@@ -93,11 +98,29 @@ def timing_record(block: Block, first_index: int = 0) -> dict[str, Any]:
     return {
         "block": block.index - first_index,
         "steps": block.steps,
+        "joined": block.joined,
+        "pass_ms": block.pass_ms,
         "denoise_ms": block.denoise_ms,
         "cache_ms": block.cache_ms,
         "decode_ms": block.decode_ms,
         "block_ms": block.block_ms,
         "frames": block.latents.shape[1] if block.frames is None else len(block.frames),
+        **deadline_record(block),
+    }
+
+
+def deadline_record(block: Block) -> dict[str, Any]:
+    """How a block kept its deadline, in ms; empty where it had none."""
+    report = block.deadline
+    if report is None:
+        return {}
+    return {
+        "planned_ms": report.planned_ms,
+        "taken_ms": report.taken_ms,
+        "budget_ms": report.budget_ms,
+        "slack_ms": report.slack_ms,
+        "missed": report.missed,
+        "fits": report.fits,
     }
 
 

@@ -11,6 +11,21 @@ from pathlib import Path
 from asd_rt.errors import OutputError
 
 
+def cache_folder() -> Path | None:
+    """Where things are remembered between runs: $ASD_RT_CACHE, else asd-rt in the user's cache folder.
+
+    Returns:
+        a folder that exists, or None where none can be made.
+    """
+    own, user = os.environ.get("ASD_RT_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    folder = Path(own) if own else (Path(user) if user else Path.home() / ".cache") / "asd-rt"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):
+        return None
+    return folder
+
+
 def check_writable(path: str | Path, flag: str) -> None:
     """Check before any work that a file can be written to `path`; `flag` names it in the error.
 

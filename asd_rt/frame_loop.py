@@ -2,6 +2,8 @@
 
 Per block: make room in the KV cache, denoise by plan, hand the block out, and only when the consumer comes
 back for more, write the clean block into the cache (the pass at t = 0). Frames first, bookkeeping after.
+That pass and the first one of the next block may run as one (`join`): neither reads what the other writes
+but what a mask hides or shows, so the result is the same.
 """
 
 from __future__ import annotations
@@ -14,11 +16,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from asd_rt.costs import Kind
+from asd_rt.deadline import BlockReport
 from asd_rt.errors import ConfigError
 from asd_rt.kv_cache import FrameSlots
 from asd_rt.noise import gaussian
 from asd_rt.plan import Plan
-from asd_rt.schedule import Schedule, add_noise, flow_to_x0
+from asd_rt.schedule import Schedule, Step, add_noise, flow_to_x0
 
 if TYPE_CHECKING:
     from asd_rt.backends.base import Denoiser
@@ -65,8 +69,11 @@ class Block:
         latents: clean latents, float32 [B, block_frames, C, h, w].
         steps: denoising passes that made it.
         pass_ms: duration of each denoising pass.
+        joined: the first of them was also the cache pass of the block before.
         started_ms, ready_ms: when its denoising began and ended, since the loop began.
-        cache_ms: duration of its cache pass; None until the consumer asked for the next block.
+        cache_ms: duration of its cache pass; None until the consumer asked for the next block, and where that
+            pass was joined with the next block's first.
+        deadline: how it kept its deadline; None where there is none.
         frames: decoded video, uint8 [frames, rows, columns, 3]; None where nothing decodes.
         decode_ms: duration of decoding; None where nothing decodes.
     """
@@ -78,7 +85,9 @@ class Block:
     pass_ms: list[float]
     started_ms: float
     ready_ms: float
+    joined: bool = False
     cache_ms: float | None = None
+    deadline: BlockReport | None = None
     frames: NDArray[np.uint8] | None = None
     decode_ms: float | None = None
 
@@ -107,8 +116,17 @@ class FrameLoop:
         schedule: Schedule,
         request: Request,
         text_len: int,
+        join: bool = False,
     ) -> None:
-        """Check the request and allocate for it; nothing is computed before the first block is asked for.
+        """Check the request; nothing is computed before the first block is asked for.
+
+        Args:
+            denoiser: of an opened engine.
+            cache: its geometry.
+            schedule: of the noise.
+            request: the video.
+            text_len: tokens of a context that the network takes.
+            join: run a cache pass and the first pass behind it as one; the denoiser must be able to.
 
         Raises:
             ConfigError: shapes that do not fit each other or the cache.
@@ -119,20 +137,29 @@ class FrameLoop:
         self._schedule = schedule
         self._request = request
         self._context = pad_context(request.context, text_len)
+        self._join = join
         self.slots = FrameSlots(cache, request.shape[1])
 
     def __iter__(self) -> Iterator[Block]:
         request, denoiser, slots = self._request, self._denoiser, self.slots
         batch, total_frames, _, rows, columns = request.shape
         begin = perf_counter()
-        denoiser.prepare(batch, (rows, columns), slots.capacity_frames)
+        room = slots.block_frames if self._join else 0  # for a block ahead
+        denoiser.prepare(batch, (rows, columns), slots.capacity_frames + room)
         denoiser.set_prompt(self._context)
         initial_blocks = self._fill_cache(request.initial)
         last = total_frames // slots.block_frames - 1
+        due: FloatArray | None = None  # the block whose cache pass is still to come
         for index in range(initial_blocks, last + 1):
             started_ms = _ms_since(begin)
-            denoiser.move(slots.begin_block())
-            latents, pass_ms = self._denoise(index, request.plan.steps_of(index - initial_blocks))
+            if due is None:
+                denoiser.move(slots.begin_block())
+                past = slots.past_frames
+            else:
+                past = slots.past_frames + slots.block_frames - len(slots.leaving_slots())
+            number = index - initial_blocks
+            request.plan.begin(number, past, due is not None)
+            latents, pass_ms = self._denoise(index, request.plan.steps_of(number), due)
             block = Block(
                 index=index,
                 first_frame=slots.committed_frames,
@@ -141,12 +168,15 @@ class FrameLoop:
                 pass_ms=pass_ms,
                 started_ms=started_ms,
                 ready_ms=_ms_since(begin),
+                joined=due is not None,
             )
             yield block
-            if index < last or request.commit_last:
-                cache_begin = perf_counter()
+            due = latents if self._join and index < last else None
+            if due is None and (index < last or request.commit_last):
+                cache_begin, past = perf_counter(), slots.past_frames
                 self._commit(latents)
                 block.cache_ms = _ms_since(cache_begin)
+                request.plan.observe("cache", past, block.cache_ms)
 
     def _fill_cache(self, initial: FloatArray | None) -> int:
         """Cache passes over given clean frames; returns how many blocks they are."""
@@ -159,21 +189,46 @@ class FrameLoop:
             self._commit(initial[:, index * size : (index + 1) * size])
         return blocks
 
-    def _denoise(self, index: int, count: int) -> tuple[FloatArray, list[float]]:
-        """x0 of block `index` after `count` steps, and each pass's duration in ms."""
+    def _denoise(
+        self, index: int, count: int, due: FloatArray | None
+    ) -> tuple[FloatArray, list[float]]:
+        """x0 of block `index` after `count` steps, and each pass's duration in ms.
+
+        `due` is the block before where its cache pass is to be joined with the first of these.
+        """
+        plan, slots = self._request.plan, self.slots
         steps = self._schedule.steps(count)
-        frames, past = self.slots.block_range(), self.slots.past_frames
         x = self._first_noise(index)
-        x0 = x
-        pass_ms = []
+        x0, pass_ms = x, []
         for i, step in enumerate(steps):
             if i:
                 x = add_noise(x0, self._fresh_noise(index, i - 1), step.sigma)
+            kind: Kind = "pass"
             begin = perf_counter()
-            flow = self._denoiser.denoise(x, step.timestep, frames, past)
+            if due is None or i:
+                flow = self._pass(x, step)
+            else:
+                kind, flow = "joined", self._joined_pass(due, x, step)
             pass_ms.append(_ms_since(begin))
+            plan.observe(kind, slots.past_frames, pass_ms[-1])
             x0 = flow_to_x0(flow, x, step.sigma)
         return x0, pass_ms
+
+    def _pass(self, x: FloatArray, step: Step) -> FloatArray:
+        slots = self.slots
+        return self._denoiser.denoise(x, step.timestep, slots.block_range(), slots.past_frames)
+
+    def _joined_pass(self, due: FloatArray, x: FloatArray, step: Step) -> FloatArray:
+        """Write the block `due` into the cache and denoise `x`, the block after it, in one pass."""
+        slots = self.slots
+        start = slots.committed_frames
+        both = range(start, start + 2 * slots.block_frames)
+        flow = self._denoiser.denoise_joined(
+            due, x, step.timestep, both, slots.past_frames, slots.leaving_slots()
+        )
+        slots.commit()
+        self._denoiser.move(slots.begin_block())
+        return flow
 
     def _commit(self, clean: FloatArray) -> None:
         """The pass at t = 0 that overwrites the block's slots with keys and values of the clean result."""

@@ -8,7 +8,11 @@ newest block's frames move into the slots of the frames that leave, at most one 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
 
 from asd_rt.config import CacheConfig
 from asd_rt.errors import ConfigError
@@ -86,6 +90,18 @@ class FrameSlots:
         self.past_frames = keep
         return _merge(list(zip(moving, free, strict=True)))
 
+    def leaving_slots(self) -> list[int]:
+        """Slots whose frames the next block will not see: what `begin_block` frees after a `commit`.
+
+        They may be slots of the current block itself, where the window is hardly larger than a block.
+        """
+        held = [*self._held, *self.block_range()]
+        excess = len(held) + self.block_frames - self.capacity_frames
+        if excess <= 0:
+            return []
+        others = [slot for slot, frame in enumerate(held) if frame >= self.sink_frames]
+        return sorted(sorted(others, key=held.__getitem__)[:excess])
+
     def block_range(self) -> range:
         """Absolute frame indices of the current block."""
         return range(self.committed_frames, self.committed_frames + self.block_frames)
@@ -114,6 +130,20 @@ def _merge(pairs: list[tuple[int, int]]) -> list[Move]:
         else:
             moves.append(Move(source, target, 1))
     return moves
+
+
+def joined_mask(
+    block_frames: int, past_frames: int, hidden: Sequence[int], frame_tokens: int = 1
+) -> NDArray[np.bool_]:
+    """What the tokens of a joined pass see: bool [2 * block, past + 2 * block], in tokens, True = seen.
+
+    The clean block sees the past and itself; the noisy one all but the `hidden` slots.
+    """
+    end = past_frames + block_frames
+    mask = np.ones((2 * block_frames, end + block_frames), dtype=np.bool_)
+    mask[:block_frames, end:] = False
+    mask[block_frames:, list(hidden)] = False
+    return mask.repeat(frame_tokens, axis=0).repeat(frame_tokens, axis=1)
 
 
 def attended_frames(cache: CacheConfig, start: int) -> list[int]:

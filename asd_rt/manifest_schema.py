@@ -11,10 +11,10 @@ from typing import Any, TypeVar
 from asd_rt.config import CacheConfig, ModelConfig, from_mapping
 from asd_rt.errors import ConfigError, EngineError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
 BACKENDS = ("onnx", "tensorrt", "tensorrt_rtx")
-PART_NAMES = ("denoiser", "time", "prompt", "text", "decoder", "encoder")
+PART_NAMES = ("denoiser", "weights", "joined", "time", "prompt", "text", "decoder", "encoder")
 REQUIRED_PARTS = ("denoiser", "time", "prompt")
 SCHEMA = "docs/engine.md"
 

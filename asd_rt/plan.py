@@ -4,12 +4,30 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from asd_rt.costs import Kind
+from asd_rt.deadline import DeadlinePlan
 from asd_rt.errors import ConfigError
 from asd_rt.schedule import MAX_STEPS, check_steps
 
 
+class _Unwatched:
+    """A plan that does not look at the clock takes what a frame loop tells every plan, and forgets it."""
+
+    def begin(self, block: int, past_frames: int, joined: bool = False) -> None:
+        """A block begins; see DeadlinePlan."""
+
+    def observe(self, kind: Kind, past_frames: int, ms: float) -> None:
+        """A piece of work took `ms`."""
+
+    def finish(self, block: int, taken_ms: float) -> None:
+        """A block is out."""
+
+    def report(self, block: int) -> None:
+        """There is no deadline to report on."""
+
+
 @dataclass(frozen=True)
-class FixedPlan:
+class FixedPlan(_Unwatched):
     """`steps` for every block but the first, which gets `first_steps` (FFE).
 
     Source: ASD paper, section on First-Frame Enhancement: errors of the first block spread.
@@ -28,7 +46,7 @@ class FixedPlan:
 
 
 @dataclass(frozen=True)
-class ListedPlan:
+class ListedPlan(_Unwatched):
     """Steps block by block; the last number serves all further blocks."""
 
     steps_per_block: tuple[int, ...]
@@ -44,7 +62,7 @@ class ListedPlan:
         return self.steps_per_block[min(block, len(self.steps_per_block) - 1)]
 
 
-Plan = FixedPlan | ListedPlan
+Plan = FixedPlan | ListedPlan | DeadlinePlan
 
 
 def count_blocks(frames: int, block_frames: int) -> int:

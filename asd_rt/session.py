@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -19,29 +19,35 @@ from asd_rt.arguments import (
     prompt_tokens,
 )
 from asd_rt.backends.base import Engine, open_backend
+from asd_rt.costs import CostModel
 from asd_rt.engines import best_engine
-from asd_rt.errors import ConfigError
+from asd_rt.errors import BackendError, ConfigError
 from asd_rt.frame_loop import Block, FrameLoop, Request
-from asd_rt.manifest import Manifest
+from asd_rt.joining import joining_is_faster
+from asd_rt.manifest import REBUILD, Manifest
 from asd_rt.noise import check_seed
 from asd_rt.plan import Plan, count_blocks
 from asd_rt.schedule import Schedule
+from asd_rt.warm_up import learn_costs
 
 FloatArray = NDArray[np.float32]
 
 
-def open_session(engine: str | Path | None = None, threads: int | None = None) -> Session:
+def open_session(
+    engine: str | Path | None = None, threads: int | None = None, join: bool | None = None
+) -> Session:
     """Open an engine.
 
     Args:
         engine: path of an engine file; None = the best one in ./engines, else the packaged one.
         threads: of a CPU backend; None = usable cores.
+        join: run a cache pass and the first pass of the next block as one; None = what is faster here.
 
     Raises:
         EngineError: no such engine, or it is damaged.
         BackendError: its backend is absent or cannot run here.
     """
-    return Session(open_backend(best_engine() if engine is None else engine, threads))
+    return Session(open_backend(best_engine() if engine is None else engine, threads), join)
 
 
 @dataclass(frozen=True)
@@ -63,8 +69,17 @@ class Replay:
 class Session:
     """An opened engine. One video at a time; close it or use it in a `with`."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, join: bool | None = None) -> None:
+        """A session on `engine`; `join` as in `open_session`.
+
+        Raises:
+            BackendError: joined passes are asked for, and the engine has none.
+        """
+        if join and not engine.denoiser.can_join:
+            raise BackendError(f"{engine.path}: has no joined pass; build it again with: {REBUILD}")
         self._engine = engine
+        self._asked_join = join
+        self._costs = CostModel()
 
     @property
     def engine(self) -> Engine:
@@ -104,6 +119,7 @@ class Session:
         frames: int | None = None,
         steps: int | None = None,
         first_steps: int | None = None,
+        deadline_ms: float | None = None,
     ) -> Iterator[Block]:
         """Stream a video block by block; a block is handed out before its cache pass runs.
 
@@ -115,6 +131,9 @@ class Session:
             frames: latent frames, rounded up to whole blocks; None = 48, or what the cache holds.
             steps: denoising steps of a block, 1..4; None = the manifest's.
             first_steps: steps of the first block; None = the manifest's, at least `steps`.
+            deadline_ms: time that a block may take, its cache pass and decoding included. Blocks then get
+                as many steps as fit, at most `steps` (None = 4) and `first_steps`; `Block.deadline` says
+                how each kept it.
 
         Returns:
             blocks with `frames` uint8 [frames, rows, columns, 3].
@@ -123,7 +142,10 @@ class Session:
             ConfigError, PromptError: impossible arguments.
         """
         check_can_decode(self._engine.path, self.manifest)
-        return self.generate_from(self.context(prompt), seed, frames, steps, first_steps)
+        context = self.context(prompt)
+        return self.generate_from(
+            context, seed, frames, steps, first_steps, deadline_ms=deadline_ms
+        )
 
     def generate_from(
         self,
@@ -133,12 +155,13 @@ class Session:
         steps: int | None = None,
         first_steps: int | None = None,
         latent_hw: tuple[int, int] | None = None,
+        deadline_ms: float | None = None,
     ) -> Iterator[Block]:
         """As `generate`, from a text embedding instead of a prompt.
 
         Args:
             context: float32 [B, tokens <= text_len, text_dim].
-            seed, frames, steps, first_steps: as `generate`.
+            seed, frames, steps, first_steps, deadline_ms: as `generate`.
             latent_hw: latent (rows, columns), for an engine that fixes none.
 
         Returns:
@@ -149,25 +172,34 @@ class Session:
         total = count_blocks(default_frames(manifest) if frames is None else frames, size) * size
         self._check_context(context)
         rows, columns = self._latent_hw(latent_hw)
-        request = Request(
-            context=context,
-            shape=(context.shape[0], total, manifest.model.in_dim, rows, columns),
-            plan=make_plan(manifest, steps, first_steps),
-            seed=check_seed(seed),
-        )
-        blocks = iter(self._loop(request))
-        return (
-            self._decoded(blocks) if "decoder" in manifest.parts and len(context) == 1 else blocks
-        )
+        shape = (context.shape[0], total, manifest.model.in_dim, rows, columns)
+        plan = make_plan(manifest, steps, first_steps, deadline_ms, self._costs)
+        request = Request(context=context, shape=shape, plan=plan, seed=check_seed(seed))
+        join = self._asked_join
+        if join is None:
+            join = joining_is_faster(self._engine, shape)
+        loop = self._loop(request, join)
+        decodes = "decoder" in manifest.parts and len(context) == 1
+        if deadline_ms is not None and self._costs.share("joined" if join else "pass", 0) is None:
+            learn_costs(self._engine, self._costs, shape, join, decodes)
+        return self._finished(loop, request.plan, decodes)
 
-    def _decoded(self, blocks: Iterator[Block]) -> Iterator[Block]:
+    def _finished(self, blocks: Iterable[Block], plan: Plan, decodes: bool) -> Iterator[Block]:
+        """Decode blocks as they come, and settle with the plan what they took."""
         from asd_rt.video import to_uint8
 
-        for block in blocks:
-            begin = perf_counter()
-            block.frames = to_uint8(self._engine.decode(block.latents), 1)
-            block.decode_ms = (perf_counter() - begin) * 1e3
+        before: Block | None = None
+        for number, block in enumerate(blocks):
+            if decodes:
+                begin = perf_counter()
+                block.frames = to_uint8(self._engine.decode(block.latents), 1)
+                block.decode_ms = (perf_counter() - begin) * 1e3
+                plan.observe("decode", 0, block.decode_ms)
+            cache_ms = 0.0 if before is None else before.cache_ms or 0.0
+            plan.finish(number, cache_ms + block.denoise_ms + (block.decode_ms or 0.0))
+            block.deadline = plan.report(number)
             yield block
+            before = block
 
     def replay(
         self,
@@ -179,7 +211,7 @@ class Session:
         seed: int = 0,
         dump_cache: bool = False,
     ) -> Replay:
-        """One run with given noise, to compare engines and machines.
+        """One run with given noise, to compare engines and machines; passes are joined only if asked for.
 
         Args:
             noise: float32 [B, F, C, h, w], F a multiple of the block size.
@@ -205,7 +237,7 @@ class Session:
             initial=initial,
             commit_last=dump_cache,
         )
-        loop = self._loop(request)
+        loop = self._loop(request, bool(self._asked_join))
         check_renoise(request, self.manifest.cache.block_frames)
         blocks = list(loop)
         parts = [block.latents for block in blocks]
@@ -222,11 +254,11 @@ class Session:
             cache[f"kv_cache.layer{layer}.k"], cache[f"kv_cache.layer{layer}.v"] = keys, values
         return cache
 
-    def _loop(self, request: Request) -> FrameLoop:
+    def _loop(self, request: Request, join: bool) -> FrameLoop:
         manifest = self.manifest
         schedule = Schedule(manifest.timestep_shift)
         return FrameLoop(
-            self._engine.denoiser, manifest.cache, schedule, request, manifest.model.text_len
+            self._engine.denoiser, manifest.cache, schedule, request, manifest.model.text_len, join
         )
 
     def _latent_hw(self, asked: tuple[int, int] | None) -> tuple[int, int]:

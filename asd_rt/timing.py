@@ -3,7 +3,9 @@
 A record is one block's durations: {"block", "steps", "denoise_ms", "cache_ms", "decode_ms", "block_ms",
 "frames"}. `cache_ms` and `decode_ms` are None where that did not happen; `block_ms` is the whole block,
 cache pass and decoding included; `frames` are of video, or latent ones where nothing decodes. Several runs
-follow one another in one list: block 0 begins a run.
+follow one another in one list: block 0 begins a run. A record may have more: `pass_ms`, each pass; `joined`,
+whether the first of them was also the cache pass of the block before; and where there was a deadline,
+`missed` and `slack_ms`, which is negative when the block came late.
 """
 
 from __future__ import annotations
@@ -36,8 +38,14 @@ _ROWS = (
     ("later blocks", "block_ms"),
     ("denoising pass", "pass_ms"),
     ("cache pass", "cache_ms"),
+    ("joined pass", "joined_ms"),
     ("decode", "decode_ms"),
     ("time to first frame", "first_frame_ms"),
+)
+_BARE_ROWS = (
+    ("first block (FFE), without decode", "first_block_ms"),
+    ("later blocks, without decode", "block_ms"),
+    ("time to first frame, without decode", "first_frame_ms"),
 )
 
 
@@ -63,10 +71,13 @@ def summarise(records: Sequence[Record]) -> dict[str, Any]:
 
     Returns:
         `runs` and `steps_per_block`; as `spread`: `first_block_ms`, `block_ms` (`later_blocks`),
-        `pass_ms` (one denoising pass), `cache_ms`, `decode_ms`, `first_frame_ms` (denoising and decoding of
-        the first block; its cache pass comes later); `fps` with `sustained` (`later_blocks`) and
-        `whole_video`, each {"with_decode", "without_decode"}, None where that is not known;
-        `peak_memory_bytes`. Of a video without later blocks the whole counts as sustained.
+        `pass_ms` (one denoising pass), `cache_ms`, `joined_ms` (both in one), `decode_ms`, `first_frame_ms`
+        (denoising and decoding of the first block; its cache pass comes later); `without_decode`, with the
+        same of `first_block_ms`, `block_ms` and `first_frame_ms` less decoding; `fps` with `sustained`
+        (`later_blocks`) and `whole_video`, each {"with_decode", "without_decode"}, None where that is not
+        known; `misses`, {"with_decode", "without_decode"}, each {"count", "share"} of all blocks or None,
+        and None where there was no deadline; `peak_memory_bytes`. Of a video without later blocks the whole
+        counts as sustained.
     """
     first = [r for r in records if r["block"] == 0]
     later = later_blocks(records)
@@ -75,19 +86,60 @@ def summarise(records: Sequence[Record]) -> dict[str, Any]:
         "steps_per_block": [r["steps"] for r in _first_run(records)],
         "first_block_ms": spread(r["block_ms"] for r in first),
         "block_ms": spread(r["block_ms"] for r in later),
-        "pass_ms": spread(r["denoise_ms"] / r["steps"] for r in records),
+        "pass_ms": spread(ms for r in records for ms in _single_passes(r)),
         "cache_ms": spread(r["cache_ms"] for r in records if r["cache_ms"] is not None),
+        "joined_ms": spread(r["pass_ms"][0] for r in records if r.get("joined")),
         "decode_ms": spread(r["decode_ms"] for r in records if r["decode_ms"] is not None),
         "first_frame_ms": spread(r["denoise_ms"] + (r["decode_ms"] or 0.0) for r in first),
+        "without_decode": {
+            "first_block_ms": spread(_bare_ms(r) for r in first),
+            "block_ms": spread(_bare_ms(r) for r in later),
+            "first_frame_ms": spread(r["denoise_ms"] for r in first),
+        },
         "fps": {"sustained": _fps(later or records), "whole_video": _fps(records)},
+        "misses": misses(records),
         "peak_memory_bytes": peak_memory_bytes(),
     }
 
 
 def later_blocks(records: Sequence[Record]) -> list[Record]:
-    """Blocks in the steady state: after the first, and with a cache pass (a video's last block has none)."""
+    """Blocks in the steady state: after the first, and with a cache pass of their own or joined.
+
+    Where passes are not joined, a video's last block has none.
+    """
     after_first = [r for r in records if r["block"] != 0]
-    return [r for r in after_first if r["cache_ms"] is not None] or after_first
+    whole = [r for r in after_first if r["cache_ms"] is not None or r.get("joined")]
+    return whole or after_first
+
+
+def misses(records: Sequence[Record]) -> dict[str, Any] | None:
+    """Late blocks among those that had a deadline; see `summarise`."""
+    timed = [r for r in records if r.get("missed") is not None]
+    if not timed:
+        return None
+    decoded = any(r["decode_ms"] is not None for r in timed)
+    bare = sum(r["slack_ms"] + (r["decode_ms"] or 0.0) < 0 for r in timed)
+    return {
+        "with_decode": _count(sum(r["missed"] for r in timed), timed) if decoded else None,
+        "without_decode": _count(bare, timed),
+    }
+
+
+def _count(late: int, timed: Sequence[Record]) -> dict[str, float]:
+    return {"count": late, "share": round(late / len(timed), 4)}
+
+
+def _bare_ms(record: Record) -> float:
+    whole: float = record["block_ms"]
+    return whole - (record["decode_ms"] or 0.0)
+
+
+def _single_passes(record: Record) -> Sequence[float]:
+    """Durations of a block's denoising passes that are not joined with a cache pass."""
+    if "pass_ms" not in record:
+        return [record["denoise_ms"] / record["steps"]] * record["steps"]
+    passes: Sequence[float] = record["pass_ms"]
+    return passes[1:] if record.get("joined") else passes
 
 
 def _first_run(records: Sequence[Record]) -> Sequence[Record]:
@@ -115,9 +167,10 @@ def markdown_table(summary: Mapping[str, Any]) -> str:
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for label, key in _ROWS:
-        if stats := summary[key]:
-            cells = " | ".join(f"{stats[k]:.2f}" for k in ("p50", "p95", "p99", "mean", "jitter"))
-            lines.append(f"| {label} | {cells} | {stats['count']} |")
+        lines += _row(label, summary[key])
+    if summary["decode_ms"]:
+        for label, key in _BARE_ROWS:
+            lines += _row(label, summary["without_decode"][key])
     lines += ["", "| frames a second | with decode | without decode |", "|---|---:|---:|"]
     for label, key in (("sustained", "sustained"), ("whole video", "whole_video")):
         values = summary["fps"][key]
@@ -126,8 +179,23 @@ def markdown_table(summary: Mapping[str, Any]) -> str:
             for k in ("with_decode", "without_decode")
         )
         lines.append(f"| {label} | {cells} |")
+    if late := summary["misses"]:
+        each = [
+            f"{found['count']} ({found['share']:.1%}) {key.replace('_', ' ')}"
+            for key, found in late.items()
+            if found
+        ]
+        lines += ["", f"Blocks that came late: {', '.join(each)}."]
     lines += ["", f"Peak memory {summary['peak_memory_bytes'] / 2**20:.0f} MiB."]
     return "\n".join(lines) + "\n"
+
+
+def _row(label: str, stats: Mapping[str, float]) -> list[str]:
+    """A line of the table; none where nothing was measured."""
+    if not stats:
+        return []
+    cells = " | ".join(f"{stats[k]:.2f}" for k in ("p50", "p95", "p99", "mean", "jitter"))
+    return [f"| {label} | {cells} | {stats['count']} |"]
 
 
 def peak_memory_bytes() -> int:

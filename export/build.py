@@ -20,7 +20,7 @@ from train.checkpoint import Checkpoint, load_checkpoint
 
 DEFAULT_OUT = Path("engines")
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
-BUILDABLE = ("fp32", "fp16")
+BUILDABLE = ("fp32", "fp16", "bf16")
 EXAMPLES = """examples:
   python -m export.build --steps 1
       the shipped tiny student, for every backend that is installed

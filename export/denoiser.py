@@ -4,6 +4,11 @@
 products, no float64, and explicit casts, so that the exported graph is strongly typed. In fp16, matrix
 products and attention are float16; norms, rotary positions, modulation, gates and the residual stream are
 float32. `export.parity` measures every part against `train.model`.
+
+Small networks spend their time between operators, so the graph is kept short: tokens lie in the cache's
+order throughout, queries, keys and values are one matrix product, modulations come ready made, and where
+the target has an operator for rotary positions (`fused`), it is used. (LayerNormalization with scale and
+shift as inputs saves nodes but no time in ONNX Runtime, and OpenVINO does not take it.)
 """
 
 from __future__ import annotations
@@ -15,19 +20,21 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.onnx import ops
 
 from train.model import Attention, Block, WanModel
 
 
 class Linear(nn.Module):
-    """x @ W + b in `dtype`; the weight is stored as [in, out], so the graph needs no transposition."""
+    """x @ W + b in `dtype`, for all `sources` side by side; W is [in, out]: the graph transposes nothing."""
 
-    def __init__(self, source: nn.Module, dtype: torch.dtype) -> None:
+    def __init__(self, *sources: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
-        source = cast(nn.Linear, source)
+        layers = [cast(nn.Linear, source) for source in sources]
         self.dtype = dtype
-        self.weight = nn.Parameter(source.weight.detach().t().contiguous().to(dtype))
-        self.bias = nn.Parameter(source.bias.detach().to(dtype))
+        weight = torch.cat([layer.weight.detach() for layer in layers]).t().contiguous()
+        self.weight = nn.Parameter(weight.to(dtype))
+        self.bias = nn.Parameter(torch.cat([layer.bias.detach() for layer in layers]).to(dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         return x.to(self.dtype) @ self.weight + self.bias
@@ -45,141 +52,205 @@ class RmsNorm(nn.Module):
         return y * torch.rsqrt(y.square().mean(dim=-1, keepdim=True) + self.eps) * self.weight
 
 
-class AttentionPart(nn.Module):
-    """Query, and optionally key and value projections of one attention, and its output projection."""
-
-    def __init__(self, source: Attention, dtype: torch.dtype, own_keys: bool) -> None:
-        super().__init__()
-        self.heads, self.dtype = source.heads, dtype
-        self.q, self.o = Linear(source.q, dtype), Linear(source.o, dtype)
-        self.norm_q = RmsNorm(source.norm_q.weight, source.norm_q.eps)
-        if own_keys:
-            self.keys = KeyValuePart(source, dtype)
-
-    def queries(self, x: Tensor) -> Tensor:
-        """[B, T, dim] -> float32 [B, T, heads, head_dim]."""
-        return split_heads(self.norm_q(self.q(x)), self.heads)
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q [B, T, heads, D] over k, v [S, B, heads, D] -> projected [B, T, dim]."""
-        q, k, v = q.to(self.dtype).transpose(1, 2), k.permute(1, 2, 0, 3), v.permute(1, 2, 0, 3)
-        out = F.scaled_dot_product_attention(q, k, v)
-        projected: Tensor = self.o(out.transpose(1, 2).flatten(2))
-        return projected
-
-
-class KeyValuePart(nn.Module):
-    """Keys (normalised, not turned) and values: [B, T, dim] -> each [B, T, heads, head_dim]."""
-
-    def __init__(self, source: Attention, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.heads = source.heads
-        self.k, self.v = Linear(source.k, dtype), Linear(source.v, dtype)
-        self.norm_k = RmsNorm(source.norm_k.weight, source.norm_k.eps)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys are float32, values of the part's dtype."""
-        return split_heads(self.norm_k(self.k(x)), self.heads), split_heads(self.v(x), self.heads)
-
-
 def split_heads(x: Tensor, heads: int) -> Tensor:
-    """[B, T, dim] -> [B, T, heads, dim / heads]."""
+    """[T, B, dim] -> [T, B, heads, dim / heads]."""
     return x.view(*x.shape[:-1], heads, x.shape[-1] // heads)
 
 
-def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn interleaved channel pairs of float32 x [B, T, heads, D] by tables [T, 1, D / 2]."""
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """q [T, B, heads, D] over k, v [S, B, heads, D], mask bool [T, S] -> [T, B, heads * D]."""
+    q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    return out.permute(2, 0, 1, 3).flatten(2)
+
+
+def turn(x: Tensor, rope: tuple[Tensor, Tensor], heads: int, fused: bool) -> Tensor:
+    """Turn interleaved channel pairs of float32 x [T, B, dim] by tables [T, B, D / 2] -> [T, B, heads, D]."""
+    if fused:  # to the operator, tokens are a batch of sequences of length B
+        turned = ops.rotary_embedding(x, *rope, interleaved=True, num_heads=heads)
+        return split_heads(turned, heads)
+    cos, sin = (table.unsqueeze(2) for table in rope)
+    x = split_heads(x, heads)
     even, odd = x[..., 0::2], x[..., 1::2]
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
 
 
-class BlockPart(nn.Module):
-    """One transformer block; the residual stream x [B, F, S, dim] is float32 throughout."""
+def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+    """LayerNorm without weights, times `scale`, plus `shift`; x [1, F, S, dim], the others [1, F, 1, dim]."""
+    return F.layer_norm(x, x.shape[-1:], eps=eps) * scale + shift
 
-    def __init__(self, source: Block, dtype: torch.dtype) -> None:
+
+class SelfAttentionPart(nn.Module):
+    """Attention of a pass's tokens over the past and themselves."""
+
+    def __init__(self, source: Attention, dtype: torch.dtype, fused: bool) -> None:
         super().__init__()
-        self.eps, self.dtype = source.eps, dtype
-        self.modulation = nn.Parameter(source.modulation.detach())
-        self.self_attn = AttentionPart(source.self_attn, dtype, own_keys=True)
-        self.cross_attn = AttentionPart(source.cross_attn, dtype, own_keys=False)
-        self.norm3 = source.norm3
-        self.up, self.down = (Linear(source.ffn[i], dtype) for i in (0, 2))
+        self.heads, self.dtype, self.fused = source.heads, dtype, fused
+        self.qkv = Linear(source.q, source.k, source.v, dtype=dtype)
+        self.o = Linear(source.o, dtype=dtype)
+        self.norm_q = RmsNorm(source.norm_q.weight, source.norm_q.eps)
+        self.norm_k = RmsNorm(source.norm_k.weight, source.norm_k.eps)
 
-    def norm(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-        return F.layer_norm(x, x.shape[-1:], eps=self.eps) * (1 + scale) + shift
+    def forward(
+        self,
+        y: Tensor,
+        batch: int,
+        rope: tuple[Tensor, Tensor],
+        past: Sequence[Tensor],
+        mask: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """y [1, F, S * B, dim] -> (projected [T, B, dim], own keys, own values [T, B, heads, D])."""
+        qkv = self.qkv(y)
+        q, k, v = qkv.view(-1, batch, qkv.shape[-1]).split(y.shape[-1], dim=-1)
+        q, k = (
+            turn(norm(x), rope, self.heads, self.fused).to(self.dtype)
+            for norm, x in ((self.norm_q, q), (self.norm_k, k))
+        )
+        v = split_heads(v, self.heads)
+        out = attend(q, torch.cat([past[0], k]), torch.cat([past[1], v]), mask)
+        return self.o(out), k, v
+
+
+class CrossAttentionPart(nn.Module):
+    """Attention of a pass's tokens over the prompt."""
+
+    def __init__(self, source: Attention, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.heads, self.dtype = source.heads, dtype
+        self.q, self.o = Linear(source.q, dtype=dtype), Linear(source.o, dtype=dtype)
+        self.norm_q = RmsNorm(source.norm_q.weight, source.norm_q.eps)
+
+    def forward(self, y: Tensor, batch: int, prompt: Sequence[Tensor]) -> Tensor:
+        """y [1, F, S * B, dim] over prompt keys and values [L, B, heads, D] -> [T, B, dim]."""
+        q = self.norm_q(self.q(y)).to(self.dtype)
+        projected: Tensor = self.o(
+            attend(split_heads(q.view(-1, batch, q.shape[-1]), self.heads), *prompt)
+        )
+        return projected
+
+
+class PromptKeyValue(nn.Module):
+    """Cross-attention keys (normalised) and values of one layer."""
+
+    def __init__(self, source: Attention, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.heads, self.dtype = source.heads, dtype
+        self.k, self.v = Linear(source.k, dtype=dtype), Linear(source.v, dtype=dtype)
+        self.norm_k = RmsNorm(source.norm_k.weight, source.norm_k.eps)
+
+    def forward(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """[L, B, dim] -> each [L, B, heads, head_dim] in `dtype`."""
+        k = self.norm_k(self.k(y)).to(self.dtype)
+        return split_heads(k, self.heads), split_heads(self.v(y), self.heads)
+
+
+class BlockPart(nn.Module):
+    """One transformer block; the residual stream x [1, F, S * B, dim] is float32 throughout."""
+
+    def __init__(self, source: Block, dtype: torch.dtype, fused: bool) -> None:
+        super().__init__()
+        self.eps = source.eps
+        self.self_attn = SelfAttentionPart(source.self_attn, dtype, fused)
+        self.cross_attn = CrossAttentionPart(source.cross_attn, dtype)
+        self.norm3 = source.norm3
+        self.up, self.down = (Linear(source.ffn[i], dtype=dtype) for i in (0, 2))
 
     def forward(
         self,
         x: Tensor,
-        modulation: Tensor,
+        batch: int,
+        m: Sequence[Tensor],
         rope: tuple[Tensor, Tensor],
         prompt: Sequence[Tensor],
         past: Sequence[Tensor],
+        mask: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Returns (x, this pass's keys, values), the latter two [T, B, heads, head_dim] in the KV dtype."""
-        shape = x.shape
-        m = [part.unsqueeze(2) for part in (modulation + self.modulation).unbind(dim=2)]
-
-        attn = self.self_attn
-        y = self.norm(x, m[0], m[1]).flatten(1, 2)
-        keys, values = attn.keys(y)
-        k, v = turn(keys, *rope).to(self.dtype).transpose(0, 1), values.transpose(0, 1)
-        q = turn(attn.queries(y), *rope)
-        out = attn.attend(q, torch.cat([past[0], k]), torch.cat([past[1], v]))
-        x = x + out.float().view(shape) * m[2]
-
-        y = self.norm3(x).flatten(1, 2)
-        x = x + self.cross_attn.attend(self.cross_attn.queries(y), *prompt).float().view(shape)
-        y = F.gelu(self.up(self.norm(x, m[3], m[4])), approximate="tanh")
+        y = modulated_norm(x, m[0], m[1], self.eps)
+        out, k, v = self.self_attn(y, batch, rope, past, mask)
+        x = x + out.float().view(x.shape) * m[2]
+        x = x + self.cross_attn(self.norm3(x), batch, prompt).float().view(x.shape)
+        y = modulated_norm(x, m[3], m[4], self.eps)
+        y = F.gelu(self.up(y), approximate="tanh")
         return x + self.down(y).float() * m[5], k, v
 
 
 class DenoiserPart(nn.Module):
     """One causal pass, as in docs/engine.md; prompt and past come layer by layer, k before v."""
 
-    def __init__(self, model: WanModel, dtype: torch.dtype) -> None:
+    def __init__(self, model: WanModel, dtype: torch.dtype, fused: bool) -> None:
         super().__init__()
-        self.layers = model.config.num_layers
+        self.layers, self.eps = model.config.num_layers, model.config.eps
         patch = model.patch_embedding
         linear = nn.Linear(patch.in_channels * 4, patch.out_channels, device="meta")
         values = {"weight": patch.weight.flatten(1), "bias": cast(Tensor, patch.bias)}
         linear.load_state_dict(values, assign=True)
-        self.patch = Linear(linear, torch.float32)  # small, and where the latents come in unharmed
-        self.blocks = nn.ModuleList(BlockPart(cast(Block, block), dtype) for block in model.blocks)
-        self.eps = model.config.eps
-        self.modulation = nn.Parameter(model.head.modulation.detach())
-        self.head = Linear(model.head.head, torch.float32)
+        # Small, and where the latents come in unharmed.
+        self.patch = Linear(linear, dtype=torch.float32)
+        self.blocks = nn.ModuleList(
+            BlockPart(cast(Block, block), dtype, fused) for block in model.blocks
+        )
+        self.head = Linear(model.head.head, dtype=torch.float32)
 
     def forward(
         self,
         latents: Tensor,
-        time_embedding: Tensor,
-        time_modulation: Tensor,
+        modulation: Tensor,
         rope_cos: Tensor,
         rope_sin: Tensor,
         *layers: Tensor,
     ) -> tuple[Tensor, ...]:
+        return self.run(latents, modulation, (rope_cos, rope_sin), None, layers)
+
+    def run(
+        self,
+        latents: Tensor,
+        modulation: Tensor,
+        rope: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        layers: Sequence[Tensor],
+    ) -> tuple[Tensor, ...]:
+        """(flow, this pass's keys and values layer by layer); `mask` bool [T, P + T], None = all seen."""
         prompt, past = layers[: 2 * self.layers], layers[2 * self.layers :]
         batch, frames, channels, height, width = latents.shape
         rows, columns = height // 2, width // 2
         x = latents.reshape(batch, frames, channels, rows, 2, columns, 2).permute(
-            0, 1, 3, 5, 2, 4, 6
+            1, 3, 5, 0, 2, 4, 6
         )
-        x = self.patch(x.reshape(batch, frames, rows * columns, channels * 4))
-        rope = rope_cos.unsqueeze(1), rope_sin.unsqueeze(1)
+        x = self.patch(x.reshape(1, frames, rows * columns * batch, channels * 4))
+        cos, sin = (table.unsqueeze(1).expand(-1, batch, -1) for table in rope)
+        m = torch.split(modulation, 1)
         new: list[Tensor] = []
         for i, block in enumerate(self.blocks):
             pair = slice(2 * i, 2 * i + 2)
-            x, k, v = block(x, time_modulation, rope, prompt[pair], past[pair])
+            own = m[6 * i : 6 * i + 6]
+            x, k, v = block(x, batch, own, (cos, sin), prompt[pair], past[pair], mask)
             new += [k, v]
-        shift, scale = (self.modulation + time_embedding.unsqueeze(2)).chunk(2, dim=2)
-        x = self.head(F.layer_norm(x, x.shape[-1:], eps=self.eps) * (1 + scale) + shift)
-        x = x.view(batch, frames, rows, columns, 2, 2, -1).permute(0, 1, 6, 2, 4, 3, 5)
+        x = self.head(modulated_norm(x, m[-2], m[-1], self.eps))
+        x = x.view(frames, rows, columns, batch, 2, 2, -1).permute(3, 0, 6, 1, 4, 2, 5)
         return x.reshape(batch, frames, -1, height, width), *new
 
 
+class JoinedPart(DenoiserPart):
+    """Several blocks in one pass: the mask says what each token sees, of the past and of this pass."""
+
+    def forward(
+        self,
+        latents: Tensor,
+        modulation: Tensor,
+        rope_cos: Tensor,
+        rope_sin: Tensor,
+        *others: Tensor,
+    ) -> tuple[Tensor, ...]:
+        mask, *layers = others
+        return self.run(latents, modulation, (rope_cos, rope_sin), mask, layers)
+
+
 class TimePart(nn.Module):
-    """Timesteps -> embedding and modulation, float32 in every engine (it runs once per distinct timestep).
+    """Timesteps -> all that depends on them, float32 in every engine (it runs once per distinct timestep).
+
+    Rows of the result: shift, scale and gate of self-attention, then of the feed-forward, layer by layer, and
+    shift and scale of the head. Scales have their 1 added.
 
     The reference takes sines of float64 angles. Some targets have no float64, so angles are counted in turns
     and split: the whole part of a timestep times a 13-bit frequency is exact in float32, and so is dropping
@@ -189,6 +260,8 @@ class TimePart(nn.Module):
     coarse: Tensor
     fine: Tensor
     turns: Tensor
+    own: Tensor
+    head: Tensor
 
     def __init__(self, model: WanModel) -> None:
         super().__init__()
@@ -199,19 +272,29 @@ class TimePart(nn.Module):
         self.register_buffer("coarse", coarse.float())
         self.register_buffer("fine", (turns - coarse).float())
         self.dim = model.config.dim
-        first, last = model.time_embedding[0], model.time_embedding[2]
-        self.first, self.last = Linear(first, torch.float32), Linear(last, torch.float32)
-        self.projection = Linear(model.time_projection[1], torch.float32)
+        self.first, self.last = (
+            Linear(model.time_embedding[i], dtype=torch.float32) for i in (0, 2)
+        )
+        self.projection = Linear(model.time_projection[1], dtype=torch.float32)
+        own = torch.cat([cast(Block, block).modulation.detach() for block in model.blocks])
+        own[:, [1, 4]] += 1
+        head = model.head.modulation.detach()[0].clone()
+        head[1] += 1
+        self.register_buffer("own", own[:, :, None, None])
+        self.register_buffer("head", head[:, None, None])
 
-    def forward(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-        t = timesteps.unsqueeze(-1)
+    def forward(self, timesteps: Tensor) -> Tensor:
+        """[1, F] -> [6 * layers + 2, F, 1, dim]."""
+        t = timesteps[0].unsqueeze(-1)
         whole = torch.floor(t)
         angle = whole * self.coarse
         angle = angle - torch.floor(angle) + (whole * self.fine + (t - whole) * self.turns)
         angle = angle * (2 * pi)
         features = torch.cat([torch.cos(angle), torch.sin(angle)], dim=-1)
-        embedding = self.last(F.silu(self.first(features)))
-        return embedding, self.projection(F.silu(embedding)).unflatten(-1, (6, self.dim))
+        embedding = self.last(F.silu(self.first(features))).unsqueeze(1)  # [F, 1, dim]
+        shared = self.projection(F.silu(embedding)).unflatten(-1, (6, self.dim))
+        blocks = (self.own + shared.permute(2, 0, 1, 3)).flatten(0, 1)
+        return torch.cat([blocks, self.head + embedding])
 
 
 class PromptPart(nn.Module):
@@ -219,16 +302,11 @@ class PromptPart(nn.Module):
 
     def __init__(self, model: WanModel, dtype: torch.dtype) -> None:
         super().__init__()
-        self.dtype = dtype
-        self.first, self.last = (Linear(model.text_embedding[i], dtype) for i in (0, 2))
+        self.first, self.last = (Linear(model.text_embedding[i], dtype=dtype) for i in (0, 2))
         self.blocks = nn.ModuleList(
-            KeyValuePart(cast(Block, block).cross_attn, dtype) for block in model.blocks
+            PromptKeyValue(cast(Block, block).cross_attn, dtype) for block in model.blocks
         )
 
     def forward(self, context: Tensor) -> tuple[Tensor, ...]:
-        y = self.last(F.gelu(self.first(context), approximate="tanh"))
-        new: list[Tensor] = []
-        for block in self.blocks:
-            k, v = block(y)
-            new += [k.to(self.dtype).transpose(0, 1), v.transpose(0, 1)]
-        return tuple(new)
+        y = self.last(F.gelu(self.first(context.transpose(0, 1)), approximate="tanh"))
+        return tuple(x for block in self.blocks for x in block(y))

@@ -29,6 +29,7 @@ from export.parity import measure
 from export.parts import PartModule, TensorShape, engine_parts
 from export.settings import Settings, make_manifest
 from export.tensorrt import build_plan, import_tensorrt, profile_ranges
+from export.weights import share_weights
 from train.checkpoint import Checkpoint
 
 log = logging.getLogger(__name__)
@@ -56,6 +57,8 @@ def plan_obstacle(settings: Settings, precision: str) -> str | None:
     """Why these settings cannot become a TensorRT plan; None = they can."""
     if precision == "fp32":
         return "TensorRT takes no fp32 attention; use --precision fp16"
+    if precision == "bf16":
+        return "a bf16 engine is for ONNX Runtime with OpenVINO; use --target onnx, or --precision fp16"
     if settings.latent_hw is None:
         return "a plan needs a fixed latent size, which this checkpoint does not say; use --latent-size HxW"
     if not settings.capacity_frames:
@@ -106,21 +109,22 @@ _NO_PARTS = {name: Part(name, "0" * 64, 0) for name in ("denoiser", "time", "pro
 def _fill(scratch: Path, checkpoint: Checkpoint, settings: Settings, target: Target) -> Manifest:
     """Export, gate and, for a plan, compile every part into `scratch`; returns the manifest."""
     model = checkpoint.build_model()
-    modules = engine_parts(checkpoint, model, target.precision, settings.latent_hw)
+    fused = target.backend == "onnx"
+    modules = engine_parts(checkpoint, model, target.precision, settings.latent_hw, fused)
     graphs: dict[str, onnx.ModelProto] = {}
-    parts: dict[str, Part] = {}
     for name, module in modules.items():
         began = perf_counter()
         graphs[name] = export_part(name, module)
-        parts[name] = _write(
-            scratch, f"asd_{target.precision}", name, ".onnx", serialize(graphs[name]), module
-        )
-        log.info(
-            "  %-9s exported  %8.3f MB %6.1f s",
-            name,
-            parts[name].bytes / 1e6,
-            perf_counter() - began,
-        )
+        log.info("  %-9s exported  %6.1f s", name, perf_counter() - began)
+    stem = f"asd_{target.precision}"
+    parts: dict[str, Part] = {}
+    if fused:
+        file = scratch / f"{stem}.weights"
+        share_weights(graphs.values(), file)
+        parts["weights"] = Part(file.name, sha256_file(file), file.stat().st_size)
+        log.info("  weights   %8.3f MB", parts["weights"].bytes / 1e6)
+    for name, module in modules.items():
+        parts[name] = _write(scratch, stem, name, ".onnx", serialize(graphs[name]), module)
     manifest = make_manifest(checkpoint, settings, target.precision, "onnx", parts)
     began = perf_counter()
     parity = measure(scratch / parts["denoiser"].file, manifest, checkpoint, model)

@@ -28,6 +28,7 @@ _ELEMENT_TYPES = {
     torch.float32: TensorProto.FLOAT,
     torch.float16: TensorProto.FLOAT16,
     torch.int64: TensorProto.INT64,
+    torch.bool: TensorProto.BOOL,
 }
 
 
@@ -42,6 +43,7 @@ def _example_inputs(part: PartModule) -> tuple[torch.Tensor, ...]:
     if "latents" in part.inputs:
         height, width = (_size(n, sizes) for n in part.inputs["latents"][1][3:])
         sizes["T"] = sizes["F"] * (height // 2) * (width // 2)
+        sizes["S"] = sizes["P"] + sizes["T"]
     return tuple(
         torch.zeros([_size(n, sizes) for n in shape], dtype=dtype)
         for dtype, shape in part.inputs.values()
@@ -67,8 +69,8 @@ def export_part(name: str, part: PartModule) -> onnx.ModelProto:
         {axis: dynamic for axis, size in enumerate(shape) if isinstance(size, str)}
         for _, shape in part.inputs.values()
     ]
-    # The denoiser takes its layers' tensors as *args, which torch.export sees as one tuple.
-    fixed = 5 if name == "denoiser" else len(shapes)
+    # A pass takes its layers' tensors as *args, which torch.export sees as one tuple.
+    fixed = 4 if name in ("denoiser", "joined") else len(shapes)
     dynamic_shapes = (
         (*shapes[:fixed], tuple(shapes[fixed:])) if fixed < len(shapes) else tuple(shapes)
     )

@@ -10,12 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from asd_rt.errors import ConfigError
-from export.denoiser import DenoiserPart, PromptPart, TimePart
+from export.denoiser import DenoiserPart, JoinedPart, PromptPart, TimePart
 from train.checkpoint import Checkpoint
 from train.codec import LinearCodec
 from train.model import WanModel
 
-KV_TYPES = {"fp32": torch.float32, "fp16": torch.float16}
+# A bf16 engine is a float32 graph that a runtime computes in bfloat16 (OpenVINO on a CPU).
+KV_TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.float32}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -60,15 +61,21 @@ class EncoderPart(nn.Module):
 
 
 def engine_parts(
-    checkpoint: Checkpoint, model: WanModel, precision: str, latent_hw: tuple[int, int] | None
+    checkpoint: Checkpoint,
+    model: WanModel,
+    precision: str,
+    latent_hw: tuple[int, int] | None,
+    fused: bool,
 ) -> dict[str, PartModule]:
     """All parts of an engine, by name.
 
     Args:
         checkpoint: what to export.
         model: `checkpoint.build_model()`.
-        precision: fp32 or fp16.
+        precision: fp32, fp16 or bf16.
         latent_hw: the one latent size of the engine, None = any.
+        fused: the target is ONNX Runtime, which has an operator for rotary positions and takes a mask;
+            TensorRT gets plain operators, and no joined pass.
 
     Raises:
         ConfigError: another precision.
@@ -83,31 +90,30 @@ def engine_parts(
     tokens = "T"
     latents: TensorShape = (f32, ("B", "F", c.in_dim, height, width))
     flow: TensorShape = (f32, ("B", "F", c.out_dim, height, width))
-    embedding = {
-        "time_embedding": (f32, (1, "F", c.dim)),
-        "time_modulation": (f32, (1, "F", 6, c.dim)),
-    }
+    modulation = {"modulation": (f32, (6 * c.num_layers + 2, "F", 1, c.dim))}
     rope: TensorShape = (f32, (tokens, c.head_dim // 2))
 
     def layers(prefix: str, length: int | str) -> dict[str, TensorShape]:
         shape = (length, "B", c.num_heads, c.head_dim)
         return {f"{prefix}_{kind}.{i}": (kv, shape) for i in range(c.num_layers) for kind in "kv"}
 
+    given = {"latents": latents, **modulation, "rope_cos": rope, "rope_sin": rope}
+    mask: TensorShape = (torch.bool, (tokens, "S"))
+    held = layers("prompt", c.text_len) | layers("past", "P")
+    made = {"flow": flow} | layers("new", tokens)
     parts = {
-        "denoiser": PartModule(
-            DenoiserPart(model, kv),
-            {"latents": latents, **embedding, "rope_cos": rope, "rope_sin": rope}
-            | layers("prompt", c.text_len)
-            | layers("past", "P"),
-            {"flow": flow} | layers("new", tokens),
-        ),
-        "time": PartModule(TimePart(model), {"timesteps": (f32, (1, "F"))}, embedding),
+        "denoiser": PartModule(DenoiserPart(model, kv, fused), given | held, made),
+        "time": PartModule(TimePart(model), {"timesteps": (f32, (1, "F"))}, modulation),
         "prompt": PartModule(
             PromptPart(model, kv),
             {"context": (f32, ("B", c.text_len, c.text_dim))},
             layers("prompt", c.text_len),
         ),
     }
+    if fused:
+        parts["joined"] = PartModule(
+            JoinedPart(model, kv, fused), given | {"mask": mask} | held, made
+        )
     if checkpoint.table is not None:
         parts["text"] = PartModule(
             TextPart(checkpoint.table),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from asd_rt.backends.base import Denoiser, FloatArray
 from asd_rt.errors import BackendError, EngineError
-from asd_rt.kv_cache import Move
+from asd_rt.kv_cache import Move, joined_mask
 from asd_rt.manifest import Manifest
 from train.checkpoint import Checkpoint
 from train.model import KeyValue, WanModel, make_rope
@@ -45,18 +45,46 @@ class TorchDenoiser:
     def set_prompt(self, context: FloatArray) -> None:
         self._prompt = self.model.embed_prompt(torch.from_numpy(context))
 
-    @torch.inference_mode()
     def denoise(
         self, latents: FloatArray, timestep: float, frames: range, past_frames: int
+    ) -> FloatArray:
+        times = torch.full((1, len(frames)), timestep)
+        return self._pass(latents, times, frames, past_frames, None)
+
+    can_join = True
+
+    def denoise_joined(
+        self,
+        clean: FloatArray,
+        noisy: FloatArray,
+        timestep: float,
+        frames: range,
+        past_frames: int,
+        hidden: Sequence[int],
+    ) -> FloatArray:
+        size = len(frames) // 2
+        times = torch.tensor([[0.0] * size + [timestep] * size])
+        mask = torch.from_numpy(joined_mask(size, past_frames, hidden, self._frame_tokens))
+        latents = np.concatenate([clean, noisy], axis=1)
+        return self._pass(latents, times, frames, past_frames, mask)[:, size:]
+
+    @torch.inference_mode()
+    def _pass(
+        self,
+        latents: FloatArray,
+        times: Tensor,
+        frames: range,
+        past_frames: int,
+        mask: Tensor | None,
     ) -> FloatArray:
         if not self._prompt:
             raise BackendError("denoise needs prepare and set_prompt first")
         past = past_frames * self._frame_tokens
-        time = self.model.embed_time(torch.full((1, len(frames)), timestep))
         rope = make_rope(self.model.config, frames, self._token_hw)
         prefix = [KeyValue(layer.k[:past], layer.v[:past]) for layer in self._cache]
         x = torch.from_numpy(np.ascontiguousarray(latents))
-        flow, new = self.model.denoise(x, time, self._prompt, rope, prefix)
+        time = self.model.embed_time(times)
+        flow, new = self.model.denoise(x, time, self._prompt, rope, prefix, mask)
         end = past + len(frames) * self._frame_tokens
         for layer, kv in zip(self._cache, new, strict=True):
             layer.k[past:end], layer.v[past:end] = kv

@@ -95,6 +95,7 @@ class TrainConfig:
     clip_frames: int
     compile: bool
     eval_clips: int
+    teacher_guidance: float  # of the teacher's own clips; the distillation has its own
     model: ModelConfig
     cache: CacheConfig
     classifier: ClassifierConfig

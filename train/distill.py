@@ -36,7 +36,7 @@ from train.losses import (
 from train.model import KeyValue, WanModel, make_rope
 from train.rollout import Rollout, last_passes, rollout
 from train.stage import Ema, Stage, step_generator
-from train.tiny_world import label_tokens, random_labels
+from train.tiny_world import NEGATIVE_NAMES, label_tokens, random_labels
 
 REPLAY = 8  # clips batches that the critic may see again
 
@@ -48,6 +48,7 @@ class _Task:
     n: int
     context: Tensor
     score_context: Tensor
+    negative_context: Tensor
     enhanced: bool
     use_asd: bool
     positions: list[int]
@@ -201,7 +202,7 @@ class DistillStage(Stage):
             x = last_passes(self.student, self.config.cache, done, prompt, first, window)
             clip = x.detach().requires_grad_()
             x_t = noisy_latents(clip, noise, sigma)
-            gradient = self._dmd_gradient(clip.detach(), x_t.detach(), sigma, task.score_context)
+            gradient = self._dmd_gradient(clip.detach(), x_t.detach(), sigma, task)
             (pull,) = torch.autograd.grad(dmd_loss(clip, gradient), clip)
             pair = None
             if target is not None:
@@ -250,10 +251,12 @@ class DistillStage(Stage):
         text_len = self.config.model.text_len
         # Later in its life a digit may have turned round: its clip is judged without the direction.
         named = torch.tensor([[True, True, first == 0]]).expand(len(labels), -1)
+        negative = named & torch.tensor(NEGATIVE_NAMES)
         return _Task(
             n=n,
             context=self.text(label_tokens(labels, text_len)),
             score_context=self.text(label_tokens(labels, text_len, named)),
+            negative_context=self.text(label_tokens(labels, text_len, negative)),
             enhanced=enhanced,
             use_asd=n < MAX_STEPS and settings.asd_ratio > 0 and index >= settings.asd_warmup,
             positions=positions,
@@ -262,14 +265,14 @@ class DistillStage(Stage):
         )
 
     @torch.no_grad()
-    def _dmd_gradient(self, x: Tensor, x_t: Tensor, sigma: Tensor, context: Tensor) -> Tensor:
+    def _dmd_gradient(self, x: Tensor, x_t: Tensor, sigma: Tensor, task: _Task) -> Tensor:
         both, _ = self._score(
             self.teacher,
             torch.cat([x_t, x_t]),
             torch.cat([sigma, sigma]),
-            torch.cat([context, torch.zeros_like(context)]),
+            torch.cat([task.score_context, task.negative_context]),
         )
-        fake, _ = self._score(self.critic, x_t, sigma, context)
+        fake, _ = self._score(self.critic, x_t, sigma, task.score_context)
         cond, uncond = both.chunk(2)
         flow = guided_x0(cond, uncond, self.config.distill.guidance)
         return dmd_gradient(x, flow_to_x0(fake, x_t, sigma), flow_to_x0(flow, x_t, sigma))

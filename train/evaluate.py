@@ -19,10 +19,10 @@ from asd_rt.config import CacheConfig
 from asd_rt.schedule import MAX_STEPS, TRAIN_TIMESTEPS, Schedule
 from train.classifier import Classifier
 from train.codec import LinearCodec, VocabularyEncoder
-from train.losses import shifted_sigma
+from train.losses import guided_x0, shifted_sigma
 from train.model import WanModel
 from train.rollout import rollout
-from train.tiny_world import DIRECTIONS, TinyWorld, label_tokens
+from train.tiny_world import DIRECTIONS, NEGATIVE_NAMES, TinyWorld, label_tokens
 
 BATCH = 64
 BOOTSTRAP = 1000
@@ -157,16 +157,16 @@ def teacher_sampler(
         config = model.config
         generator = torch.Generator().manual_seed(seed)
         noise = torch.randn(len(labels), frames, config.in_dim, 8, 8, generator=generator)
-        context = text(label_tokens(labels, config.text_len))
-        context = torch.cat([context, torch.zeros_like(context)])
+        named = torch.tensor([NEGATIVE_NAMES]).expand(len(labels), -1)
+        tokens = [label_tokens(labels, config.text_len, keep) for keep in (None, named)]
+        context = text(torch.cat(tokens))
         sigmas = shifted_sigma(torch.linspace(1, 0, steps + 1), shift)
         clip = noise
         for now, after in pairwise(sigmas):
             timesteps = torch.full((2 * len(labels), frames), TRAIN_TIMESTEPS * float(now))
             with torch.autocast("cpu", torch.bfloat16):
                 flow = model(torch.cat([clip, clip]), timesteps, context).float()
-            cond, uncond = flow.chunk(2)
-            clip = clip + (after - now) * (uncond + guidance * (cond - uncond))
+            clip = clip + (after - now) * guided_x0(*flow.chunk(2), guidance)
         return codec.decode(clip)
 
     return sample

@@ -64,7 +64,7 @@ def flow_matching_loss(flow: Tensor, x0: Tensor, noise: Tensor) -> Tensor:
 
 
 def guided_x0(cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
-    """Classifier-free guidance: uncond + scale * (cond - uncond)."""
+    """Classifier-free guidance, of x0 or flow alike: uncond + scale * (cond - uncond)."""
     return uncond + scale * (cond - uncond)
 
 

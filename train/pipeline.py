@@ -162,7 +162,7 @@ def _teacher(world: _World, model: WanModel) -> Any:
         world.codec,
         world.text,
         TEACHER_STEPS,
-        config.distill.guidance,
+        config.teacher_guidance,
         config.timestep_shift,
     )
 

@@ -51,6 +51,9 @@ DIRECTIONS = {
     "left": (0, -1),
     "up and left": (-1, -1),
 }
+# What the negative prompt of guidance names: all but the digit. Guidance away from an empty prompt also
+# strengthens all that is coloured, trails above all; trails of digits moving along a row became streaks.
+NEGATIVE_NAMES = (False, True, True)
 FILLERS = ("a", "an", "the", "digit", "number", "moving", "going", "and", "to", "towards")
 WORDS = (*DIGITS, *COLOURS, "up", "down", "left", "right")
 

@@ -54,6 +54,37 @@ class Denoiser(Protocol):
             flow, float32 [B, F, C, h, w]; valid until the next pass.
         """
 
+    @property
+    def can_join(self) -> bool:
+        """Whether `denoise_joined` is there."""
+
+    def denoise_joined(
+        self,
+        clean: FloatArray,
+        noisy: FloatArray,
+        timestep: float,
+        frames: range,
+        past_frames: int,
+        hidden: Sequence[int],
+    ) -> FloatArray:
+        """The cache pass of one block and the first pass of the next, in one.
+
+        The clean block sees the first `past_frames` slots and itself; the noisy one sees the same and the
+        clean block, without the `hidden` slots, and itself. Keys and values of the clean block are written
+        behind the past, those of the noisy block behind them: `prepare` must leave room for both.
+
+        Args:
+            clean: result of a block, float32 [B, F, C, h, w], at timestep 0.
+            noisy: first input of the block after it, of the same shape.
+            timestep: of the noisy block.
+            frames: absolute indices of both blocks' frames.
+            past_frames: valid slots before the clean block.
+            hidden: slots, up to those of the clean block, that the noisy block does not see.
+
+        Returns:
+            flow of the noisy block; valid until the next pass.
+        """
+
     def move(self, moves: Sequence[Move]) -> None:
         """Copy frames between slots in every layer's keys and values."""
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from asd_rt.backends import openvino
 from asd_rt.backends.base import FloatArray
 from asd_rt.backends.ort_denoiser import OrtDenoiser, run_errors
 from asd_rt.errors import BackendError, EngineError
@@ -18,11 +19,12 @@ from asd_rt.manifest import REBUILD, Manifest, TensorSpec, part_path
 
 CPU_PROVIDER = "CPUExecutionProvider"
 INSTALL = "pip install 'asd-rt[cpu]'"
+_PASSES = ("denoiser", "joined")  # the parts that run all the time
 _log = logging.getLogger(__name__)
 
 
 def open_engine(
-    path: Path, manifest: Manifest, threads: int | None = None, provider: str = CPU_PROVIDER
+    path: Path, manifest: Manifest, threads: int | None = None, provider: str | None = None
 ) -> OrtEngine:
     """Open an ONNX engine whose files have been verified.
 
@@ -30,7 +32,8 @@ def open_engine(
         path: the denoiser's file.
         manifest: of the engine.
         threads: for one operator; None = usable cores.
-        provider: execution provider; it is this one or an error, never a silent fallback.
+        provider: execution provider of the denoiser; None = OpenVINO for a bf16 engine, ONNX Runtime's own
+            for others. It is this one or an error, never a silent fallback.
 
     Raises:
         BackendError: onnxruntime or the provider is absent.
@@ -39,7 +42,11 @@ def open_engine(
     if threads is not None and (isinstance(threads, bool) or threads < 1):
         raise BackendError(f"threads must be a whole number >= 1, found {threads!r}")
     ort = _import_onnxruntime()
-    if provider not in ort.get_available_providers():
+    if provider is None:
+        provider = openvino.PROVIDER if manifest.precision == "bf16" else CPU_PROVIDER
+    if provider == openvino.PROVIDER:
+        openvino.cpu_device(ort)
+    elif provider not in ort.get_available_providers():
         raise BackendError(
             f"this onnxruntime {ort.__version__} has no {provider}, only "
             f"{', '.join(ort.get_available_providers())}; for the CPU: {INSTALL}"
@@ -75,21 +82,25 @@ _ELEMENT_TYPES = {
     "tensor(float)": "float32",
     "tensor(float16)": "float16",
     "tensor(int64)": "int64",
+    "tensor(bool)": "bool",
 }
 
 
 class OrtEngine:
-    """All parts of an ONNX engine; the encoder, which few need, is loaded when first used."""
+    """All parts of an ONNX engine; encoder and joined pass are loaded when first used."""
 
     def __init__(self, path: Path, manifest: Manifest, threads: int, provider: str) -> None:
         self.path = path
         self.manifest = manifest
         self.threads = threads
         self.provider = provider
-        self._sessions: dict[str, Any] = {}
+        self._sessions: dict[tuple[str, tuple[int, ...]], Any] = {}
         self._closed = False
+        # OpenVINO is faster at fixed sizes by a third. A window has few; without one they are too many.
+        self._fixes_sizes = provider == openvino.PROVIDER and bool(manifest.cache.window_frames)
         for part in manifest.parts:
-            if part != "encoder":
+            late = ("encoder", "joined", "weights", *_PASSES[: self._fixes_sizes])
+            if part not in late:
                 self.session(part)
         self.denoiser = OrtDenoiser(path, manifest, self.session)
 
@@ -97,31 +108,51 @@ class OrtEngine:
     def device(self) -> str:
         return f"{self.provider}, {self.threads} {'thread' if self.threads == 1 else 'threads'}"
 
-    def session(self, part: str) -> Any:
+    def session(self, part: str, sizes: Mapping[str, int] | None = None) -> Any:
         """The onnxruntime session of `part`, created once.
+
+        Args:
+            part: of the engine.
+            sizes: of the symbols in its shapes, for a provider that is faster when it knows them.
 
         Raises:
             EngineError: no such part, or it cannot be loaded or is not what the manifest says.
             BackendError: the provider refuses it, or the engine is closed.
         """
-        if part not in self._sessions:
-            self._sessions[part] = self._load(part)
-        return self._sessions[part]
+        fixed = sizes if sizes and self._fixes_sizes else {}
+        key = part, tuple(fixed.values())
+        if key not in self._sessions:
+            self._sessions[key] = self._load(part, fixed)
+        return self._sessions[key]
 
-    def _load(self, part: str) -> Any:
+    def _options(self, ort: Any, part: str, provider: str, fixed: Mapping[str, int]) -> Any:
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        if provider == openvino.PROVIDER:
+            openvino.add_openvino(ort, options, "bf16", self.threads)
+            for symbol, size in fixed.items():
+                options.add_free_dimension_override_by_name(symbol, size)
+        else:
+            options.intra_op_num_threads = self.threads
+            options.inter_op_num_threads = 1
+            # Threads that wait actively between two calls of one part take the cores from another part:
+            # those of the passes wait within a call only, those of small parts never.
+            if part in _PASSES:
+                options.add_session_config_entry("session.force_spinning_stop", "1")
+            else:
+                options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        return options
+
+    def _load(self, part: str, fixed: Mapping[str, int]) -> Any:
         if self._closed:
             raise BackendError(f"{self.path}: the engine is closed; open it again with asd_rt.open")
         ort = _import_onnxruntime()
         file = part_path(self.path, self.manifest, part)
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = self.threads
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 3
-        if part != "denoiser":
-            # A pool that waits actively for its next call would take the cores from the denoiser's.
-            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        provider = self.provider if part in _PASSES else CPU_PROVIDER
+        options = self._options(ort, part, provider, fixed)
         try:
-            session = ort.InferenceSession(str(file), options, providers=[self.provider])
+            providers = None if provider == openvino.PROVIDER else [provider]
+            session = ort.InferenceSession(str(file), options, providers=providers)
         except (
             Exception
         ) as error:  # its exceptions share no base class; none may reach the user raw
@@ -131,9 +162,9 @@ class OrtEngine:
                 f"build it again with: {REBUILD}"
             ) from error
         active = session.get_providers()
-        if active[:1] != [self.provider]:
+        if active[:1] != [provider]:
             raise BackendError(
-                f"{file}: asked for {self.provider}, got {', '.join(active)}; the provider's libraries are "
+                f"{file}: asked for {provider}, got {', '.join(active)}; the provider's libraries are "
                 f"missing or there is no such device"
             )
         session.disable_fallback()

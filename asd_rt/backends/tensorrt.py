@@ -231,7 +231,9 @@ class TrtDenoiser:
                     )
                 }
             )
-            shapes = {"time_embedding": (1, count, dim), "time_modulation": (1, count, 6, dim)}
+            shapes: dict[str, tuple[int, ...]] = {
+                "modulation": (6 * self._model.num_layers + 2, count, 1, dim)
+            }
             made = {n: (self._cuda.allocate(4 * int(np.prod(s))), s) for n, s in shapes.items()}
             part.run({name: address for name, (address, _) in made.items()})
             self._times[key] = made
@@ -278,6 +280,19 @@ class TrtDenoiser:
         )
         self._cuda.download(flow, address)
         return flow
+
+    can_join = False
+
+    def denoise_joined(
+        self,
+        clean: FloatArray,
+        noisy: FloatArray,
+        timestep: float,
+        frames: range,
+        past_frames: int,
+        hidden: Sequence[int],
+    ) -> FloatArray:
+        raise BackendError(f"{self._engine.path}: plans have no joined pass")
 
     def move(self, moves: Sequence[Move]) -> None:
         size = self._frame_tokens * self._token_bytes

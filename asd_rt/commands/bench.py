@@ -8,7 +8,14 @@ from typing import Any
 
 from asd_rt import timing
 from asd_rt.bench import DEFAULT_BLOCKS, DEFAULT_REPEATS, DEFAULT_WARMUP, measure
-from asd_rt.commands.common import Outcome, Problems, add_engine, add_plan, find_engine
+from asd_rt.commands.common import (
+    Outcome,
+    Problems,
+    add_deadline,
+    add_engine,
+    add_plan,
+    find_engine,
+)
 from asd_rt.files import check_writable, replacing
 from asd_rt.kv_cache import FrameSlots
 from asd_rt.progress import Progress
@@ -19,6 +26,7 @@ EXAMPLES = """examples:
   asd-rt bench
   asd-rt bench --engine engines/asd_fp32.onnx --steps 1 --first-steps 4 --blocks 32 --json bench.json
   asd-rt bench --engine engines/asd_fp32.onnx --json | jq .summary
+  asd-rt bench --deadline-ms 20 --blocks 200
 """
 
 
@@ -26,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `bench`."""
     add_engine(parser)
     add_plan(parser)
+    add_deadline(parser)
     parser.add_argument(
         "--blocks", metavar="N", help=f"blocks of a video (default: {DEFAULT_BLOCKS})"
     )
@@ -57,6 +66,7 @@ def execute(args: argparse.Namespace) -> Outcome:
     problems = Problems()
     steps = problems.steps("--steps", args.steps)
     first_steps = problems.steps("--first-steps", args.first_steps)
+    deadline = problems.deadline(args)
     threads = problems.integer("--threads", args.threads, 1)
     blocks = problems.integer("--blocks", args.blocks, 1)
     warmup = problems.integer("--warmup", args.warmup, 0)
@@ -84,7 +94,15 @@ def execute(args: argparse.Namespace) -> Outcome:
         Progress("blocks", count * (warmup + repeats)) as progress,
     ):
         report = measure(
-            session, count, steps, first_steps, warmup, repeats, latent_hw, progress.advance
+            session,
+            blocks=count,
+            steps=steps,
+            first_steps=first_steps,
+            warmup=warmup,
+            repeats=repeats,
+            latent_hw=latent_hw,
+            deadline_ms=deadline.block_ms(session.manifest),
+            on_block=progress.advance,
         )
     if to_file is not None:
         with replacing(to_file) as temporary:
@@ -103,12 +121,21 @@ def _latent_size(problems: Problems, text: str | None) -> tuple[int, int] | None
     return size[0], size[1]
 
 
+def _plan_text(plan: dict[str, Any]) -> str:
+    if "deadline_ms" in plan:
+        return (
+            f"at most {plan['first_steps']} steps, then {plan['steps']}, for a deadline of "
+            f"{plan['deadline_ms']:g} ms a block"
+        )
+    return f"steps {plan['first_steps']} then {plan['steps']}"
+
+
 def _text(report: dict[str, Any], to_file: str | None) -> str:
     machine = report["machine"]
     lines = [
         f"{report['engine']} ({report['precision']}) on {report['device']}, {machine['cpu']}",
         f"{report['repeats']} videos of {report['blocks']} blocks of {report['block_frames']} frames, "
-        f"steps {report['plan']['first_steps']} then {report['plan']['steps']}",
+        f"{_plan_text(report['plan'])}",
         "",
         timing.markdown_table(report["summary"]).rstrip(),
     ]

@@ -10,12 +10,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from asd_rt.arguments import frame_deadline_ms
+from asd_rt.deadline import MAX_DEADLINE_MS
 from asd_rt.engines import best_engine
 from asd_rt.errors import AsdError
 from asd_rt.manifest import Manifest, read_manifest
 from asd_rt.schedule import MAX_STEPS
 
 _INTEGER = re.compile(r"[+-]?[0-9]{1,30}")
+_NUMBER = re.compile(
+    r"[+-]?([0-9]{1,30}\.?[0-9]{0,30}|\.[0-9]{1,30})(e[+-]?[0-9]{1,3})?", re.IGNORECASE
+)
+LEAST_NUMBER, MAX_FPS = 0.001, 1e6
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +44,23 @@ class InputProblems(AsdError):
         super().__init__("\n".join(lines))
         self.lines = lines
         self.code = code
+
+
+@dataclass(frozen=True, slots=True)
+class Deadline:
+    """A deadline as it was asked for: in ms a block, or in frames a second, or not at all."""
+
+    ms: float | None = None
+    fps: float | None = None
+
+    def block_ms(self, manifest: Manifest) -> float | None:
+        """Milliseconds that a block of this engine may take; None without a deadline."""
+        return self.ms if self.fps is None else frame_deadline_ms(manifest, self.fps)
+
+    def arguments(self, manifest: Manifest) -> dict[str, Any]:
+        """Arguments of a session's `generate`: none without a deadline."""
+        block_ms = self.block_ms(manifest)
+        return {} if block_ms is None else {"deadline_ms": block_ms}
 
 
 class Problems:
@@ -79,6 +102,23 @@ class Problems:
         """Denoising steps, 1..4."""
         return self.integer(flag, text, 1, MAX_STEPS)
 
+    def number(self, flag: str, text: str | None, low: float, high: float) -> float | None:
+        """The number that `flag` was given; None when it was not, or is no number in low..high."""
+        if text is None:
+            return None
+        value = float(text) if _NUMBER.fullmatch(text) else None
+        if value is not None and low <= value <= high:
+            return value
+        self.usage(f"{flag} must be a number from {low:g} to {high:.0f}, found {text!r}")
+        return None
+
+    def deadline(self, args: argparse.Namespace) -> Deadline:
+        """What --deadline-ms or --fps ask for."""
+        return Deadline(
+            self.number("--deadline-ms", args.deadline_ms, LEAST_NUMBER, MAX_DEADLINE_MS),
+            self.number("--fps", args.fps, LEAST_NUMBER, MAX_FPS),
+        )
+
     def raise_any(self) -> None:
         """Raise InputProblems if there are any."""
         if self._lines:
@@ -114,6 +154,19 @@ def add_plan(parser: argparse.ArgumentParser) -> None:
         "--first-steps",
         metavar="N",
         help="steps of the first block (first-frame enhancement; default: the engine's, at least --steps)",
+    )
+
+
+def add_deadline(parser: argparse.ArgumentParser) -> None:
+    """--deadline-ms and --fps, one of them."""
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument(
+        "--deadline-ms",
+        metavar="X",
+        help="time a block may take: it gets as many steps as fit, at most --steps (default then: 4)",
+    )
+    group.add_argument(
+        "--fps", metavar="X", help="the same, as frames of video a second that must keep coming"
     )
 
 

@@ -6,10 +6,13 @@ import argparse
 from time import perf_counter
 from typing import Any
 
+from asd_rt import timing
 from asd_rt.arguments import check_can_decode, default_frames, make_plan, prompt_tokens
+from asd_rt.bench import deadline_record, timing_record
 from asd_rt.commands.common import (
     Outcome,
     Problems,
+    add_deadline,
     add_engine,
     add_json,
     add_plan,
@@ -28,6 +31,7 @@ EXAMPLES = """examples:
   asd-rt run --prompt "a red three moving right"
   asd-rt run --prompt "a blue seven moving up and left" --seed 3 --frames 96 --out seven.gif
   asd-rt run --prompt "a green zero moving down" --steps 1 --first-steps 4 --json
+  asd-rt run --prompt "a white two moving left" --fps 100 --json
   asd-rt run --engine engines/asd_fp32.onnx --prompt "a white two moving left" --out frames/
   asd-rt run --prompt "a pink nine moving up" --out - | mpv -
 """
@@ -43,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--seed", metavar="N", default="0", help="same seed, same video (default: 0)"
     )
     add_plan(parser)
-    parser.add_argument("--deadline-ms", metavar="X", help="not in this version; it is refused")
+    add_deadline(parser)
     parser.add_argument(
         "--out",
         metavar="PATH",
@@ -70,10 +74,7 @@ def execute(args: argparse.Namespace) -> Outcome:
     first_steps = problems.steps("--first-steps", args.first_steps)
     threads = problems.integer("--threads", args.threads, 1)
     scale = problems.integer("--scale", args.scale, 1, MAX_SCALE)
-    if args.deadline_ms is not None:
-        problems.usage(
-            "--deadline-ms: this version makes fixed plans only; choose them by --steps and --first-steps"
-        )
+    deadline = problems.deadline(args)
     if args.json and args.out == "-":
         problems.usage("--json and --out - both write to stdout; write the video to a file")
     with problems.collect():
@@ -86,7 +87,7 @@ def execute(args: argparse.Namespace) -> Outcome:
             lambda: check_can_decode(path, manifest),
             lambda: prompt_tokens(path, manifest, args.prompt),
             lambda: FrameSlots(manifest.cache, frames),
-            lambda: make_plan(manifest, steps, first_steps),
+            lambda: make_plan(manifest, steps, first_steps, deadline.block_ms(manifest)),
         ):
             with problems.collect():
                 check()
@@ -96,7 +97,8 @@ def execute(args: argparse.Namespace) -> Outcome:
     with open_session(path, threads) as session:
         open_ms = (perf_counter() - begin) * 1e3
         stream = _Stream(session, args.out, frames or 0, scale or manifest.display_scale)
-        stream.run(args.prompt, seed, steps, first_steps)
+        asked = deadline.arguments(manifest)
+        stream.run(args.prompt, seed=seed, steps=steps, first_steps=first_steps, **asked)
         document = {
             "prompt": args.prompt,
             "seed": seed,
@@ -104,6 +106,7 @@ def execute(args: argparse.Namespace) -> Outcome:
             "precision": manifest.precision,
             "device": session.engine.device,
             "out": args.out,
+            **asked,
             "open_ms": round(open_ms, 3),
             **stream.report(),
         }
@@ -119,12 +122,15 @@ class _Stream:
         self._written: list[int] = []
         self._first_frame_ms = 0.0
 
-    def run(self, prompt: str, seed: int, steps: int | None, first_steps: int | None) -> None:
-        """Generate and write all blocks; of the last one, only the frames that were asked for."""
+    def run(self, prompt: str, **asked: Any) -> None:
+        """Generate and write all blocks; of the last one, only the frames that were asked for.
+
+        `asked` is for the session's `generate`.
+        """
         manifest = self._session.manifest
         size = manifest.cache.block_frames
         begin = perf_counter()
-        blocks = self._session.generate(prompt, seed, self._frames, steps, first_steps)
+        blocks = self._session.generate(prompt, frames=self._frames, **asked)
         with (
             open_writer(self._out, manifest.fps) as writer,
             Progress("blocks", count_blocks(self._frames, size)) as progress,
@@ -159,14 +165,20 @@ class _Stream:
                 {"index": block.index, "frames": count, **durations(block)}
                 for block, count in zip(self._blocks, self._written, strict=True)
             ],
+            "summary": timing.summarise(
+                [
+                    {**timing_record(block), "frames": count}
+                    for block, count in zip(self._blocks, self._written, strict=True)
+                ]
+            ),
         }
 
 
 def durations(block: Block) -> dict[str, Any]:
-    """Steps and durations of a block in ms; None for what did not run."""
+    """Steps and durations of a block in ms, None for what did not run; and how it kept its deadline."""
 
     def rounded(value: float | None) -> float | None:
-        return None if value is None else round(value, 3)
+        return value if value is None or isinstance(value, bool) else round(value, 3)
 
     return {
         "steps": block.steps,
@@ -175,14 +187,17 @@ def durations(block: Block) -> dict[str, Any]:
         "cache_ms": rounded(block.cache_ms),
         "decode_ms": rounded(block.decode_ms),
         "block_ms": rounded(block.block_ms),
+        **{name: rounded(value) for name, value in deadline_record(block).items()},
     }
 
 
 def _text(document: dict[str, Any]) -> str:
     steps = document["steps"]
     shown = ", ".join(map(str, steps[:4])) + (", ..." if len(steps) > 4 else "")
+    late = document["summary"]["misses"]
+    kept = f", {late['with_decode']['count']} blocks came late" if late else ""
     return (
-        f"{document['out']}: {document['frames']} frames in {len(steps)} blocks of {shown} steps\n"
+        f"{document['out']}: {document['frames']} frames in {len(steps)} blocks of {shown} steps{kept}\n"
         f"first frame after {document['time_to_first_frame_ms']:.0f} ms, "
         f"{document['fps_with_decode']:.0f} frames a second ({document['fps_without_decode']:.0f} without "
         f"decoding), {document['engine']} on {document['device']}"

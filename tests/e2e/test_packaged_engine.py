@@ -42,8 +42,10 @@ def test_packaged_engine_is_the_shipped_students(module: Callable[..., Any], out
     for name in names:
         assert manifests[0][name] == manifests[1][name], f"{name}: {MEND}"
     assert manifests[0]["parts"].keys() == manifests[1]["parts"].keys(), MEND
-    for part in manifests[0]["parts"].values():
+    for name, part in manifests[0]["parts"].items():
+        if name == "weights":  # read through the graphs that refer to it
+            continue
         old, new = content(packaged.parent / part["file"]), content(out / part["file"])
         assert old == new, f"{part['file']}: {MEND}"
     total = sum(part["bytes"] for part in manifests[0]["parts"].values())
-    assert total <= 12_000_000, "the packaged engine is meant to be small"
+    assert total <= 8_000_000, "the packaged engine is meant to be small"

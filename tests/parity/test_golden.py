@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
+from asd_rt.backends.base import open_backend
 from asd_rt.plan import FixedPlan, ListedPlan
 from asd_rt.schedule import Schedule, flow_to_x0
 from asd_rt.session import Replay, Session
@@ -127,6 +128,15 @@ def test_build_and_replay_commands(
     found = load_file(tmp_path / "out.safetensors")
     cache = {name: tensor for name, tensor in found.items() if name.startswith("kv_cache.")}
     check(trace, found["latents"], cache, relative_l2, ONNX_TOLERANCE)
+    joined = Session(open_backend(engine), join=True).replay(
+        trace.tensors["noise"],
+        trace.tensors["context"],
+        initial=trace.initial,
+        renoise=given_renoise(trace),
+        plan=ListedPlan(trace.steps),
+        dump_cache=True,
+    )
+    check(trace, joined.latents, joined.cache, relative_l2, ONNX_TOLERANCE)
 
 
 def run(root: Path, module: str, *words: object) -> None:

@@ -50,6 +50,7 @@ class ToyNetwork:
 
     def __init__(self) -> None:
         self.calls: list[tuple[float, range, int]] = []
+        self.joined_calls: list[tuple[float, range, int, list[int]]] = []
         self.copied_frames = 0
 
     def prepare(self, batch: int, latent_hw: tuple[int, int], capacity_frames: int) -> None:
@@ -59,10 +60,39 @@ class ToyNetwork:
     def set_prompt(self, context: FloatArray) -> None:
         self.prompt = np.tanh(context @ W_PROMPT).mean(axis=(1, 2))
 
+    can_join = True
+
     def denoise(
         self, latents: FloatArray, timestep: float, frames: range, past_frames: int
     ) -> FloatArray:
         self.calls.append((timestep, frames, past_frames))
+        return self._pass(latents, timestep, frames, past_frames, range(past_frames))
+
+    def denoise_joined(
+        self,
+        clean: FloatArray,
+        noisy: FloatArray,
+        timestep: float,
+        frames: range,
+        past_frames: int,
+        hidden: Sequence[int],
+    ) -> FloatArray:
+        self.joined_calls.append((timestep, frames, past_frames, list(hidden)))
+        size = len(frames) // 2
+        self._pass(clean, 0.0, frames[:size], past_frames, range(past_frames))
+        end = past_frames + size
+        seen = [slot for slot in range(end) if slot not in hidden]
+        return self._pass(noisy, timestep, frames[size:], end, seen)
+
+    def _pass(
+        self,
+        latents: FloatArray,
+        timestep: float,
+        frames: range,
+        start: int,
+        seen: Sequence[int],
+    ) -> FloatArray:
+        """Write into the slots from `start` on; attend to the slots `seen` and to those."""
         batch, count = latents.shape[:2]
         tokens = latents.reshape(batch, -1, 8).swapaxes(0, 1)
         cos, sin = rope_table(MODEL.head_dim, frames, *self.token_hw)
@@ -79,12 +109,13 @@ class ToyNetwork:
         size = len(tokens) // count
         for j in range(count):
             own = slice(j * size, (j + 1) * size)
-            self.slots[past_frames + j] = [(k[own], v[own]) for k, v in new]
+            self.slots[start + j] = [(k[own], v[own]) for k, v in new]
+        visible = [self.slots[slot] for slot in (*seen, *range(start, start + count))]
         for i in range(2):
-            held = [slot[i] for slot in self.slots[: past_frames + count] if slot is not None]
+            held = [slot[i] for slot in visible if slot is not None]
             keys, values = (np.concatenate(parts) for parts in zip(*held, strict=True))
-            seen = np.tanh(keys).mean(axis=0, keepdims=True) * values.mean(axis=0, keepdims=True)
-            flow = flow + seen.mean(axis=(0, 2, 3)).reshape(-1, 1, 1, 1, 1)
+            mean = np.tanh(keys).mean(axis=0, keepdims=True) * values.mean(axis=0, keepdims=True)
+            flow = flow + mean.mean(axis=(0, 2, 3)).reshape(-1, 1, 1, 1, 1)
         return flow.astype(np.float32)
 
     def move(self, moves: Sequence[Move]) -> None:
@@ -155,8 +186,7 @@ def _denoiser(path: Path) -> Part:
     g = _Graph()
     inputs = {
         "latents": f32("B", "F", 2, "h", "w"),
-        "time_embedding": f32(1, "F", 12),
-        "time_modulation": f32(1, "F", 6, 12),
+        "modulation": f32(14, "F", 1, 12),
         "rope_cos": f32("T", 3),
         "rope_sin": f32("T", 3),
     }
@@ -164,10 +194,7 @@ def _denoiser(path: Path) -> Part:
     tokens = g("Transpose", g("Reshape", "latents", g.const([0, -1, 8], np.int64)), perm=[1, 0, 2])
     turn = g.shape(g.mean(g("Sub", "rope_cos", "rope_sin"), 1), -1, 1, 1, 1)
     flow = g("Mul", "latents", g.const(0.3))
-    time = g(
-        "Add", "time_embedding", g("Mul", g.mean("time_modulation", 2, keepdims=0), g.const(0.0))
-    )
-    flow = g("Add", flow, g.shape(g.mean(time, 2, keepdims=0), 1, -1, 1, 1, 1))
+    flow = g("Add", flow, g.shape(g.mean("modulation", 0, 2, 3, keepdims=0), 1, -1, 1, 1, 1))
     for i in range(2):
         whole = {}
         for kind, weights in (("k", W_KEY), ("v", W_VALUE)):
@@ -194,12 +221,10 @@ def _denoiser(path: Path) -> Part:
 
 def _time(path: Path) -> Part:
     g = _Graph()
-    t = g("Unsqueeze", g("Mul", "timesteps", g.const(1e-3)), g.const([2], np.int64))
-    embedding = g("Tanh", g("MatMul", t, g.const(W_TIME)), out="time_embedding")
-    wide = g("Unsqueeze", embedding, g.const([2], np.int64))
-    g("Tile", wide, g.const([1, 1, 6, 1], np.int64), out="time_modulation")
-    outputs = {"time_embedding": f32(1, "F", 12), "time_modulation": f32(1, "F", 6, 12)}
-    return g.save(path, {"timesteps": f32(1, "F")}, outputs)
+    t = g.shape(g("Mul", "timesteps", g.const(1e-3)), 1, -1, 1, 1)
+    embedding = g("Tanh", g("Mul", t, g.const(W_TIME)))
+    g("Tile", embedding, g.const([14, 1, 1, 1], np.int64), out="modulation")
+    return g.save(path, {"timesteps": f32(1, "F")}, {"modulation": f32(14, "F", 1, 12)})
 
 
 def _prompt(path: Path) -> Part:

@@ -76,10 +76,38 @@ def test_run_text_and_scale(asd, toy, tmp_path) -> None:
     assert pictures[0].read_bytes()[16:24] == (6).to_bytes(4, "big") + (12).to_bytes(4, "big")
 
 
+@pytest.mark.parametrize("flag", [("--deadline-ms", "1000"), ("--fps", "2")])
+def test_run_with_a_deadline(asd, toy, flag) -> None:
+    code, out, err = asd(
+        *("run", "--engine", toy.path, "--prompt", PROMPT, "--frames", 12, "--json", *flag)
+    )
+    assert (code, err) == (0, [])
+    report = json.loads(out)
+    assert report["deadline_ms"] == 1000  # a block has two frames
+    assert report["steps"] == [4] * 6
+    first, *later = report["blocks"]
+    assert first["budget_ms"] == 4000
+    for block in later:
+        assert block["budget_ms"] == 1000 and block["fits"] and not block["missed"]
+        assert block["slack_ms"] == pytest.approx(1000 - block["taken_ms"], abs=0.01)
+        assert 0 < block["planned_ms"] < 1000
+    assert report["summary"]["misses"]["with_decode"] == {"count": 0, "share": 0}
+
+
+def test_a_deadline_that_cannot_be_met(asd, toy) -> None:
+    code, out, err = asd(
+        *("run", "--engine", toy.path, "--prompt", PROMPT, "--frames", 20),
+        *("--deadline-ms", "0.001", "--first-steps", "2"),
+    )
+    assert code == 0 and len(err) == 1
+    assert "even with one step" in err[0] and "--deadline-ms" in err[0]
+    assert "of 1, 1, 1, 1, ... steps" in out and "blocks came late" in out
+
+
 def test_all_problems_at_once_and_nothing_written(asd, toy, tmp_path) -> None:
     code, out, err = asd(
         *("run", "--engine", toy.path, "--prompt", "a purple cow", "--out", "none/x.mp4"),
-        *("--frames", "0", "--seed", "x", "--steps", "5", "--scale", "-1", "--deadline-ms", "40"),
+        *("--frames", "0", "--seed", "x", "--steps", "5", "--scale", "-1", "--deadline-ms", "0"),
     )
     assert (code, out) == (2, "")
     named = ("--frames", "--seed", "--steps", "--scale", "--deadline-ms", "none", "purple, cow")
@@ -96,7 +124,19 @@ def test_all_problems_at_once_and_nothing_written(asd, toy, tmp_path) -> None:
         (("fly",), 2, "invalid choice"),
         (("run",), 2, "--prompt"),
         (("run", "--prompt", PROMPT, "--frame", "3"), 2, "unrecognized"),
-        (("run", "--prompt", PROMPT, "--fps", "3"), 2, "unrecognized"),
+        (
+            ("run", "--prompt", PROMPT, "--deadline-ms", "0"),
+            2,
+            "--deadline-ms must be a number from",
+        ),
+        (("run", "--prompt", PROMPT, "--deadline-ms", "-3"), 2, "--deadline-ms must be"),
+        (("run", "--prompt", PROMPT, "--deadline-ms", "nan"), 2, "--deadline-ms must be"),
+        (("run", "--prompt", PROMPT, "--deadline-ms", "1e999"), 2, "--deadline-ms must be"),
+        (("run", "--prompt", PROMPT, "--fps", "0"), 2, "--fps must be"),
+        (("run", "--prompt", PROMPT, "--fps", "inf"), 2, "--fps must be"),
+        (("run", "--prompt", PROMPT, "--fps", "3", "--deadline-ms", "9"), 2, "not allowed with"),
+        (("run", "--prompt", PROMPT, "--deadline-ms", "9", "--steps", "5"), 2, "--steps must be"),
+        (("bench", "--deadline-ms", "x"), 2, "--deadline-ms must be"),
         (("run", "--prompt", PROMPT, "--engine", "none.onnx"), 1, "expected an engine file"),
         (("run", "--prompt", PROMPT, "--seed", "-1"), 2, "--seed must be"),
         (("run", "--prompt", PROMPT, "--seed", str(2**63)), 2, "--seed must be"),
@@ -254,6 +294,11 @@ def test_bench(asd, toy, tmp_path) -> None:
     assert report["summary"]["runs"] == 2
     assert report["summary"]["steps_per_block"] == [4, 1, 1]
     assert report["sha256"] == toy.manifest.parts["denoiser"].sha256
+    code, out, _ = asd(*arguments, "--json", "--deadline-ms", 500)
+    timed = json.loads(out)
+    assert timed["plan"] == {"steps": 4, "first_steps": 4, "deadline_ms": 500}
+    assert timed["summary"]["misses"]["with_decode"]["count"] == 0
+    assert all(record["slack_ms"] > 0 for record in timed["records"])
     code, out, _ = asd(*arguments, "--json", "b.json")
     assert code == 0 and "written to b.json" in out and "| ms | p50" in out
     assert json.loads((tmp_path / "b.json").read_text())["blocks"] == 3
@@ -316,6 +361,14 @@ def test_numbers() -> None:
         3,
         None,
     ]
+    assert [problems.number("-n", text, 0.5, 9) for text in ("0.5", "9.", "+.7e1", None)] == [
+        0.5,
+        9,
+        7,
+        None,
+    ]
+    for text in ("", "-", "nan", "inf", "1e999", "0.4", "9.1", "1_0", "١", " 1", ".", "e1", "-1"):
+        assert problems.number("-n", text, 0.5, 9) is None
     for text in ("", "-", "1e3", "١", "10", "--1", " 1", "9" * 5000):
         assert problems.integer("-n", text, 0, 9) is None
     assert [size_text(n) for n in (12, 6_800_000, 2e9)] == ["12 bytes", "6.8 MB", "2.0 GB"]

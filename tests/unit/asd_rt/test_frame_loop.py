@@ -19,9 +19,11 @@ SHIFT = Schedule(5.0)
 CONTEXT = gaussian((1, 3, 3), 1, 0, 0)
 
 
-def loop(denoiser: Any, cache: CacheConfig, frames: int, **fields: Any) -> FrameLoop:
+def loop(
+    denoiser: Any, cache: CacheConfig, frames: int, join: bool = False, **fields: Any
+) -> FrameLoop:
     values = {"context": CONTEXT, "plan": FixedPlan(2, 4), "shape": (1, frames, 2, 4, 2)} | fields
-    return FrameLoop(denoiser, cache, SHIFT, Request(**values), text_len=4)
+    return FrameLoop(denoiser, cache, SHIFT, Request(**values), text_len=4, join=join)
 
 
 def naive(
@@ -166,3 +168,45 @@ def test_impossible_requests(network, fields, message) -> None:
 def test_too_long_for_a_cache_without_a_window(network) -> None:
     with pytest.raises(ConfigError, match="--max-frames"):
         loop(network, CacheConfig(block_frames=2, max_frames=4), 6)
+
+
+@pytest.mark.parametrize("commit_last", [False, True])
+@pytest.mark.parametrize(
+    "cache",
+    [
+        CacheConfig(block_frames=2),
+        CacheConfig(block_frames=1, window_frames=4, sink_frames=2),
+        CacheConfig(block_frames=3, window_frames=9, sink_frames=1),
+        CacheConfig(block_frames=3, window_frames=7),
+        CacheConfig(block_frames=3, window_frames=4),
+        CacheConfig(block_frames=2, window_frames=2),
+    ],
+)
+def test_joined_passes_give_the_same_video_and_cache(network, cache, commit_last) -> None:
+    plan, frames = ListedPlan((4, 1, 2, 1, 3)), 50 * cache.block_frames
+    apart = loop(network, cache, frames, plan=plan, seed=7, commit_last=commit_last)
+    expected = [b.latents for b in apart]
+    kept = network.slots[: len(apart.slots.frames_in_order())]
+    calls = len(network.calls)
+    network.calls.clear()
+    joined = loop(network, cache, frames, plan=plan, seed=7, commit_last=commit_last, join=True)
+    blocks = list(joined)
+    np.testing.assert_allclose([b.latents for b in blocks], expected, rtol=1e-5, atol=1e-6)
+    assert [b.joined for b in blocks] == [False] + [True] * 49
+    assert len(network.joined_calls) == 49
+    assert len(network.calls) + 2 * 49 == calls
+    assert joined.slots.frames_in_order() == apart.slots.frames_in_order()
+    assert joined.slots.slots_in_order() == apart.slots.slots_in_order()
+    for slot, wanted in zip(network.slots, kept, strict=False):
+        np.testing.assert_allclose(slot, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_frames_leave_before_a_joined_pass(network) -> None:
+    blocks = iter(loop(network, CacheConfig(block_frames=2), 6, plan=FixedPlan(1, 1), join=True))
+    first = next(blocks)
+    assert [t for t, _, _ in network.calls] == [1000.0]
+    assert not network.joined_calls
+    second = next(blocks)
+    assert [t for t, _, _ in network.calls] == [1000.0]
+    assert network.joined_calls == [(1000.0, range(4), 0, [])]
+    assert (first.cache_ms, first.joined, second.joined) == (None, False, True)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from asd_rt.config import CacheConfig
 from asd_rt.errors import ConfigError
-from asd_rt.kv_cache import FrameSlots, Move, attended_frames
+from asd_rt.kv_cache import FrameSlots, Move, attended_frames, joined_mask
 
 
 @st.composite
@@ -95,3 +95,29 @@ def test_going_on_past_the_end() -> None:
     slots.commit()
     with pytest.raises(ConfigError, match="full at 2 frames"):
         slots.begin_block()
+
+
+@given(cache=windows(), blocks=st.integers(1, 40))
+@settings(deadline=None)
+def test_leaving_slots_are_those_that_the_next_block_does_not_see(cache, blocks) -> None:
+    slots = FrameSlots(cache, (blocks + 1) * cache.block_frames)
+    for block in range(blocks):
+        slots.begin_block()
+        held = {*slots.frames_in_order(), *slots.block_range()}
+        by_slot = dict(zip(slots.slots_in_order(), slots.frames_in_order(), strict=True))
+        by_slot |= dict(enumerate(slots.block_range(), start=slots.past_frames))
+        leaving = {by_slot[slot] for slot in slots.leaving_slots()}
+        assert held - leaving == set(seen_by_block(cache, block + 1))
+        slots.commit()
+
+
+@given(block=st.integers(1, 3), past=st.integers(0, 6), tokens=st.integers(1, 3), draw=st.data())
+def test_joined_mask_shows_each_block_what_it_would_see_alone(block, past, tokens, draw) -> None:
+    hidden = draw.draw(st.sets(st.integers(0, past + block - 1)))
+    mask = joined_mask(block, past, sorted(hidden), tokens)
+    assert mask.shape == (2 * block * tokens, (past + 2 * block) * tokens)
+    frames = mask[::tokens, ::tokens]
+    assert (frames.repeat(tokens, 0).repeat(tokens, 1) == mask).all()
+    assert (frames[:block] == [True] * (past + block) + [False] * block).all()
+    seen = [slot not in hidden for slot in range(past + block)] + [True] * block
+    assert (frames[block:] == seen).all()

@@ -77,6 +77,53 @@ def test_one_block_and_no_decoder() -> None:
     assert "| sustained | - | 428.6 |" in markdown_table(bare)
 
 
+def test_with_and_without_decode() -> None:
+    summary = summarise(RUN * 5)
+    bare = summary["without_decode"]
+    assert bare["first_block_ms"]["p95"] == 19
+    assert (bare["block_ms"]["p99"], bare["block_ms"]["jitter"]) == (7, 0)
+    assert bare["first_frame_ms"]["p50"] == 16
+    table = markdown_table(summary)
+    assert "| later blocks, without decode | 7.00 | 7.00 | 7.00 | 7.00 | 0.00 | 5 |" in table
+    assert "without decode |" not in markdown_table(summarise([record(0, 4, decode=None)])).replace(
+        "with decode | without decode |", ""
+    )
+
+
+def test_joined_passes_stand_apart() -> None:
+    joined = {"joined": True, "cache_ms": None}
+    first = record(0, 4) | {"cache_ms": None, "pass_ms": [4.0] * 4, "joined": False}
+    later = record(1, 2) | joined | {"pass_ms": [7.0, 4.0], "denoise_ms": 11.0, "block_ms": 13.0}
+    summary = summarise([first, later, later | {"block": 2}])
+    assert (summary["pass_ms"]["count"], summary["pass_ms"]["max"]) == (6, 4)
+    assert (summary["joined_ms"]["count"], summary["joined_ms"]["p50"]) == (2, 7)
+    assert (summary["block_ms"]["count"], summary["block_ms"]["p50"]) == (2, 13)
+    assert summary["cache_ms"] == {}
+    assert "| joined pass | 7.00 |" in markdown_table(summary)
+
+
+def test_misses() -> None:
+    assert summarise(RUN)["misses"] is None
+    assert "came late" not in markdown_table(summarise(RUN))
+    slacks = [5.0, -1.0, -3.0, 0.0]  # decoding takes 2
+    records = [
+        record(block, 1) | {"slack_ms": slack, "missed": slack < 0}
+        for block, slack in enumerate(slacks)
+    ]
+    misses = summarise(records)["misses"]
+    assert misses == {
+        "with_decode": {"count": 2, "share": 0.5},
+        "without_decode": {"count": 1, "share": 0.25},
+    }
+    table = markdown_table(summarise(records))
+    assert "Blocks that came late: 2 (50.0%) with decode, 1 (25.0%) without decode." in table
+    bare = [r | {"decode_ms": None} for r in records]
+    assert summarise(bare)["misses"] == {
+        "with_decode": None,
+        "without_decode": {"count": 2, "share": 0.5},
+    }
+
+
 def test_table() -> None:
     table = markdown_table(summarise(RUN))
     assert "| first block (FFE) | 21.00 | 21.00 | 21.00 | 21.00 | 0.00 | 1 |" in table

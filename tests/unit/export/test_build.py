@@ -171,7 +171,6 @@ def test_full_disk_is_one_line(
     ("words", "told"),
     [
         (("--precision", "int8"), "--precision int8"),
-        (("--precision", "bf16"), "--precision bf16"),
         (("--steps", "0"), "steps"),
         (("--steps", "5"), "steps"),
         (("--first-steps", "-1"), "first-steps"),

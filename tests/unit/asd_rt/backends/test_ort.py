@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from asd_rt.backends import ort
+from asd_rt.backends import openvino, ort
 from asd_rt.backends.base import open_backend
 from asd_rt.errors import BackendError, EngineError
 from asd_rt.kv_cache import Move
 from asd_rt.machine import usable_cores
 from asd_rt.manifest import Part, TensorSpec, sha256_file
 from asd_rt.noise import gaussian
+from asd_rt.session import Session
 
 
 def test_threads_and_device(toy) -> None:
@@ -104,7 +106,7 @@ def test_an_engine_fixed_to_one_video(own_toy, respell) -> None:
 def test_buffers_stay_and_only_the_block_is_written(toy) -> None:
     denoiser = open_backend(toy.path, threads=1).denoiser
     denoiser.prepare(1, (4, 2), 6)
-    keys = denoiser._keys[0]
+    keys = denoiser._cache["k.0"]
     address = keys.ctypes.data
     denoiser.set_prompt(gaussian((1, 4, 3), 0, 0, 0))
     keys[:] = 7.0
@@ -114,9 +116,9 @@ def test_buffers_stay_and_only_the_block_is_written(toy) -> None:
     again = denoiser.denoise(gaussian((1, 2, 2, 4, 2), 1, 0, 0), 0.0, range(2, 4), 2)
     assert again is flow
     denoiser.prepare(1, (4, 2), 6)
-    assert denoiser._keys[0].ctypes.data == address
+    assert denoiser._cache["k.0"].ctypes.data == address
     denoiser.prepare(1, (4, 2), 8)
-    assert len(denoiser._keys[0]) == 16
+    assert len(denoiser._cache["k.0"]) == 16
 
 
 def test_what_lies_behind_the_prefix_is_not_seen(toy) -> None:
@@ -127,7 +129,7 @@ def test_what_lies_behind_the_prefix_is_not_seen(toy) -> None:
         denoiser.prepare(1, (4, 2), 6)
         denoiser.set_prompt(gaussian((1, 4, 3), 0, 0, 0))
         denoiser.denoise(x, 0.0, range(2), 0)
-        denoiser._keys[0][4:] = denoiser._values[1][4:] = rubbish
+        denoiser._cache["k.0"][4:] = denoiser._cache["v.1"][4:] = rubbish
         flows.append(denoiser.denoise(x, 1000.0, range(2, 4), 2).copy())
     np.testing.assert_array_equal(*flows)
 
@@ -135,7 +137,7 @@ def test_what_lies_behind_the_prefix_is_not_seen(toy) -> None:
 def test_move_and_read(toy) -> None:
     denoiser = open_backend(toy.path, threads=1).denoiser
     denoiser.prepare(1, (4, 2), 6)
-    for buffer in (*denoiser._keys, *denoiser._values):
+    for buffer in denoiser._cache.values():
         buffer[:] = np.arange(12, dtype=np.float32).reshape(12, 1, 1, 1) // 2
     denoiser.move([Move(source=4, target=1, frames=2)])
     keys, values = denoiser.read_cache(1, [2, 0, 1])
@@ -149,7 +151,9 @@ def test_timesteps_and_prompts_are_computed_once(toy, monkeypatch) -> None:
     parts: list[str] = []
     original = denoiser._part_session
     monkeypatch.setattr(
-        denoiser, "_part_session", lambda part: parts.append(part) or original(part)
+        denoiser,
+        "_part_session",
+        lambda part, sizes=None: parts.append(part) or original(part, sizes),
     )
     denoiser.prepare(1, (4, 2), 6)
     denoiser.set_prompt(gaussian((1, 4, 3), 0, 0, 0))
@@ -157,7 +161,27 @@ def test_timesteps_and_prompts_are_computed_once(toy, monkeypatch) -> None:
     for past in (0, 2, 4):
         for timestep in (1000.0, 500.0, 0.0):
             denoiser.denoise(x, timestep, range(past, past + 2), past)
-    assert parts == ["prompt", "time", "time", "time"]
+    assert [part for part in parts if part != "denoiser"] == ["prompt", "time", "time", "time"]
+    assert parts.count("denoiser") == 3  # bound once for each size of the past
+
+
+def test_a_toy_has_no_joined_pass(toy) -> None:
+    denoiser = open_backend(toy.path, threads=1).denoiser
+    assert not denoiser.can_join
+    denoiser.prepare(1, (4, 2), 6)
+    x = gaussian((1, 2, 2, 4, 2), 0, 0, 0)
+    with pytest.raises(BackendError, match="has no joined part; build it again"):
+        denoiser.denoise_joined(x, x, 1000.0, range(4), 0, [])
+    with pytest.raises(BackendError, match="has no joined pass; build it again"):
+        Session(open_backend(toy.path, threads=1), join=True)
+
+
+def test_a_bf16_engine_needs_openvino(toy, respell, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime_ep_openvino", None)
+    openvino.cpu_device.cache_clear()
+    with pytest.raises(BackendError, match="pip install onnxruntime-ep-openvino") as error:
+        ort.open_engine(toy.path, replace(toy.manifest, precision="bf16"))
+    assert "\n" not in str(error.value)
 
 
 def test_before_prepare(toy) -> None:

@@ -1,0 +1,53 @@
+"""Joined passes against separate ones through ONNX Runtime: the same video over 50 blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from asd_rt.backends.base import open_backend
+from asd_rt.config import ModelConfig
+from asd_rt.plan import ListedPlan
+from asd_rt.session import Session
+from export.build import main
+from train.checkpoint import save_checkpoint
+from train.deployment import Deployment
+from train.model import WanModel
+
+CONFIG = ModelConfig(
+    dim=48, ffn_dim=96, freq_dim=16, text_dim=8, text_len=4, in_dim=4, out_dim=4, num_heads=2,
+    num_layers=2,
+)  # fmt: skip
+BLOCKS = 50
+
+
+@pytest.mark.parametrize(("block", "window", "sink"), [(1, 7, 1), (3, 12, 3), (3, 10, 1)])
+def test_fifty_blocks(
+    block: int, window: int, sink: int, tmp_path: Path, relative_l2: Callable[[Any, Any], float]
+) -> None:
+    torch.manual_seed(block)
+    model = WanModel(CONFIG)
+    torch.nn.init.xavier_uniform_(model.head.head.weight)
+    deployment = Deployment(block_frames=block, window_frames=window, sink_frames=sink)
+    folder = tmp_path / "checkpoint"
+    save_checkpoint(folder, CONFIG, model.state_dict(), deployment, None, None)
+    assert main(["--checkpoint", str(folder), "--target", "onnx", "--out", str(tmp_path)]) == 0
+    engine = open_backend(tmp_path / "asd_fp32.onnx")
+    draw = np.random.default_rng(0)
+    noise = draw.standard_normal((1, BLOCKS * block, 4, 4, 6)).astype(np.float32)
+    context = draw.standard_normal((1, 4, 8)).astype(np.float32)
+    plan = ListedPlan((4, 1, 2, *[1] * 46, 3))
+    apart, joined = (
+        Session(engine, join=join).replay(noise, context, plan=plan, dump_cache=True)
+        for join in (False, True)
+    )
+    assert [b.joined for b in joined.blocks] == [False] + [True] * (BLOCKS - 1)
+    assert relative_l2(joined.latents, apart.latents) <= 1e-5
+    assert relative_l2(joined.latents[:, -block:], apart.latents[:, -block:]) <= 1e-5
+    for name, tensor in apart.cache.items():
+        assert relative_l2(joined.cache[name], tensor) <= 1e-5, name
