@@ -38,8 +38,19 @@ def gaussian(shape: tuple[int, ...], seed: int, block: int, step: int) -> NDArra
     pairs = (count + 1) // 2
     bits = np.random.Philox(key=[seed, (block << 8) | step])
     words = bits.random_raw(2 * pairs)
-    uniform = ((words >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
-    radius = np.sqrt(-2.0 * np.log(uniform[:pairs]))
-    angle = 2.0 * np.pi * uniform[pairs:]
-    values = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[:count]
-    return (np.rint(values * 2.0**20) * 2.0**-20).astype(np.float32).reshape(shape)
+    words >>= np.uint64(11)
+    uniform = words.astype(np.float64)
+    uniform += 0.5
+    uniform *= 2.0**-53
+    radius, angle = uniform[:pairs], uniform[pairs:]
+    np.log(radius, out=radius)
+    radius *= -2.0
+    np.sqrt(radius, out=radius)
+    angle *= 2.0 * np.pi
+    values = np.empty(2 * pairs)
+    np.multiply(np.cos(angle), radius, out=values[:pairs])
+    np.multiply(np.sin(angle), radius, out=values[pairs:])
+    values *= 2.0**20
+    np.rint(values, out=values)
+    values *= 2.0**-20
+    return values[:count].astype(np.float32).reshape(shape)

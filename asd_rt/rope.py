@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -29,20 +31,26 @@ def rope_table(
     """
     channels = head_dim // 2
     spatial = channels // 3
+    turning = channels - 2 * spatial
+    time = _angles(np.asarray(frames, dtype=np.float64), turning)[:, None]
+    tables = np.empty((2, len(time), height * width, channels), np.float32)
+    for table, function, fixed in zip(
+        tables, (np.cos, np.sin), _spatial(spatial, height, width), strict=True
+    ):
+        table[..., :turning] = function(time)
+        table[..., turning:] = fixed
+    cos, sin = tables.reshape(2, -1, channels)
+    return cos, sin
 
-    def angles(positions: NDArray[np.float64], count: int) -> NDArray[np.float64]:
-        return np.outer(positions, THETA ** (-np.arange(count, dtype=np.float64) / count))
 
-    time = angles(np.asarray(frames, dtype=np.float64), channels - 2 * spatial)
-    rows = angles(np.arange(height, dtype=np.float64), spatial)
-    columns = angles(np.arange(width, dtype=np.float64), spatial)
-    shape = (len(time), height, width)
-    table = np.concatenate(
-        [
-            np.broadcast_to(time[:, None, None], (*shape, time.shape[1])),
-            np.broadcast_to(rows[None, :, None], (*shape, spatial)),
-            np.broadcast_to(columns[None, None, :], (*shape, spatial)),
-        ],
-        axis=-1,
-    ).reshape(-1, channels)
-    return np.cos(table).astype(np.float32), np.sin(table).astype(np.float32)
+def _angles(positions: NDArray[np.float64], count: int) -> NDArray[np.float64]:
+    return np.outer(positions, THETA ** (-np.arange(count, dtype=np.float64) / count))
+
+
+@lru_cache(maxsize=8)
+def _spatial(count: int, height: int, width: int) -> tuple[NDArray[np.float64], ...]:
+    """Cosines and sines of rows and columns, each [height * width, 2 * count]; the same for all frames."""
+    rows = _angles(np.arange(height, dtype=np.float64), count).repeat(width, axis=0)
+    columns = np.tile(_angles(np.arange(width, dtype=np.float64), count), (height, 1))
+    table = np.concatenate([rows, columns], axis=1)
+    return np.cos(table), np.sin(table)

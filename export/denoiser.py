@@ -5,17 +5,16 @@ products, no float64, and explicit casts, so that the exported graph is strongly
 products and attention are float16; norms, rotary positions, modulation, gates and the residual stream are
 float32. `export.parity` measures every part against `train.model`.
 
-Small networks spend their time between operators, so the graph is kept short: tokens lie in the cache's
-order throughout, queries, keys and values are one matrix product, modulations come ready made, and where
-the target has an operator for rotary positions (`fused`), it is used. (LayerNormalization with scale and
-shift as inputs saves nodes but no time in ONNX Runtime, and OpenVINO does not take it.)
+Small networks spend their time between operators, so the graph is kept short: one video at a time, tokens
+in the cache's order throughout, queries, keys and values from one matrix product, modulations ready made,
+and (`fused`) one operator each for attention, rotary positions and modulated norms.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from math import pi
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -53,31 +52,29 @@ class RmsNorm(nn.Module):
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
-    """[T, B, dim] -> [T, B, heads, dim / heads]."""
-    return x.view(*x.shape[:-1], heads, x.shape[-1] // heads)
+    """[1, T, dim] -> [1, T, heads, dim / heads]."""
+    return x.view(1, -1, heads, x.shape[-1] // heads)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """q [T, B, heads, D] over k, v [S, B, heads, D], mask bool [T, S] -> [T, B, heads * D]."""
-    q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    return out.permute(2, 0, 1, 3).flatten(2)
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, heads: int, fused: bool, mask: Tensor | None = None
+) -> Tensor:
+    """q [1, T, dim] over k, v [1, S, dim], by mask bool [T, S] where there is one -> [1, T, dim]."""
+    if fused:
+        return ops.attention(q, k, v, mask, q_num_heads=heads, kv_num_heads=heads)[0]
+    q, k, v = (split_heads(x, heads).transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
 
 
 def turn(x: Tensor, rope: tuple[Tensor, Tensor], heads: int, fused: bool) -> Tensor:
-    """Turn interleaved channel pairs of float32 x [T, B, dim] by tables [T, B, D / 2] -> [T, B, heads, D]."""
-    if fused:  # to the operator, tokens are a batch of sequences of length B
-        turned = ops.rotary_embedding(x, *rope, interleaved=True, num_heads=heads)
-        return split_heads(turned, heads)
-    cos, sin = (table.unsqueeze(2) for table in rope)
-    x = split_heads(x, heads)
+    """Turn interleaved channel pairs of float32 x [1, T, dim] by tables [T, D / 2]."""
+    cos, sin = (table.unsqueeze(0) for table in rope)
+    if fused:
+        return ops.rotary_embedding(x, cos, sin, interleaved=True, num_heads=heads)
+    shape, x = x.shape, split_heads(x, heads)
+    cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
     even, odd = x[..., 0::2], x[..., 1::2]
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
-
-
-def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
-    """LayerNorm without weights, times `scale`, plus `shift`; x [1, F, S, dim], the others [1, F, 1, dim]."""
-    return F.layer_norm(x, x.shape[-1:], eps=eps) * scale + shift
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).view(shape)
 
 
 class SelfAttentionPart(nn.Module):
@@ -94,38 +91,33 @@ class SelfAttentionPart(nn.Module):
     def forward(
         self,
         y: Tensor,
-        batch: int,
         rope: tuple[Tensor, Tensor],
         past: Sequence[Tensor],
         mask: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """y [1, F, S * B, dim] -> (projected [T, B, dim], own keys, own values [T, B, heads, D])."""
-        qkv = self.qkv(y)
-        q, k, v = qkv.view(-1, batch, qkv.shape[-1]).split(y.shape[-1], dim=-1)
+        """y [1, T, dim] -> (projected, own keys, own values), all [1, T, dim]."""
+        q, k, v = self.qkv(y).split(y.shape[-1], dim=-1)
         q, k = (
             turn(norm(x), rope, self.heads, self.fused).to(self.dtype)
             for norm, x in ((self.norm_q, q), (self.norm_k, k))
         )
-        v = split_heads(v, self.heads)
-        out = attend(q, torch.cat([past[0], k]), torch.cat([past[1], v]), mask)
-        return self.o(out), k, v
+        held = [torch.cat([before, own], dim=1) for before, own in zip(past, (k, v), strict=True)]
+        return self.o(attend(q, held[0], held[1], self.heads, self.fused, mask)), k, v
 
 
 class CrossAttentionPart(nn.Module):
     """Attention of a pass's tokens over the prompt."""
 
-    def __init__(self, source: Attention, dtype: torch.dtype) -> None:
+    def __init__(self, source: Attention, dtype: torch.dtype, fused: bool) -> None:
         super().__init__()
-        self.heads, self.dtype = source.heads, dtype
+        self.heads, self.dtype, self.fused = source.heads, dtype, fused
         self.q, self.o = Linear(source.q, dtype=dtype), Linear(source.o, dtype=dtype)
         self.norm_q = RmsNorm(source.norm_q.weight, source.norm_q.eps)
 
-    def forward(self, y: Tensor, batch: int, prompt: Sequence[Tensor]) -> Tensor:
-        """y [1, F, S * B, dim] over prompt keys and values [L, B, heads, D] -> [T, B, dim]."""
+    def forward(self, y: Tensor, prompt: Sequence[Tensor]) -> Tensor:
+        """y [1, T, dim] over prompt keys and values [1, L, dim] -> [1, T, dim]."""
         q = self.norm_q(self.q(y)).to(self.dtype)
-        projected: Tensor = self.o(
-            attend(split_heads(q.view(-1, batch, q.shape[-1]), self.heads), *prompt)
-        )
+        projected: Tensor = self.o(attend(q, prompt[0], prompt[1], self.heads, self.fused))
         return projected
 
 
@@ -134,45 +126,69 @@ class PromptKeyValue(nn.Module):
 
     def __init__(self, source: Attention, dtype: torch.dtype) -> None:
         super().__init__()
-        self.heads, self.dtype = source.heads, dtype
+        self.dtype = dtype
         self.k, self.v = Linear(source.k, dtype=dtype), Linear(source.v, dtype=dtype)
         self.norm_k = RmsNorm(source.norm_k.weight, source.norm_k.eps)
 
     def forward(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """[L, B, dim] -> each [L, B, heads, head_dim] in `dtype`."""
-        k = self.norm_k(self.k(y)).to(self.dtype)
-        return split_heads(k, self.heads), split_heads(self.v(y), self.heads)
+        """[1, L, dim] -> both [1, L, dim] in `dtype`."""
+        return self.norm_k(self.k(y)).to(self.dtype), self.v(y)
+
+
+class Modulation:
+    """Shifts, scales and gates of one layer, for all tokens alike or frame by frame.
+
+    Rows are [1, dim], or [1, F, 1, dim] in a joined pass, whose tokens are then seen as [1, F, S, dim].
+    """
+
+    def __init__(self, rows: Sequence[Tensor], fused: bool) -> None:
+        self.rows, self.fused = rows, fused
+
+    def norm(self, x: Tensor, shift: int, eps: float) -> Tensor:
+        """LayerNorm of x [1, T, dim] without weights, times the scale in row shift + 1, plus row `shift`."""
+        move, scale = self.rows[shift], self.rows[shift + 1]
+        if move.ndim == 2 and self.fused:  # one operator
+            attributes: dict[str, Any] = {"axis": -1, "epsilon": eps}
+            return ops.symbolic("LayerNormalization", (x, scale, move), attributes, dtype=x.dtype,
+                                shape=x.shape, version=17)  # fmt: skip
+        y = F.layer_norm(x, x.shape[-1:], eps=eps)
+        return (self._frames(y) * scale + move).view(x.shape)
+
+    def gate(self, x: Tensor, row: int) -> Tensor:
+        """x [1, T, dim] times `row`."""
+        return (self._frames(x) * self.rows[row]).view(x.shape)
+
+    def _frames(self, x: Tensor) -> Tensor:
+        row = self.rows[0]
+        return x if row.ndim == 2 else x.view(1, row.shape[1], -1, x.shape[-1])
 
 
 class BlockPart(nn.Module):
-    """One transformer block; the residual stream x [1, F, S * B, dim] is float32 throughout."""
+    """One transformer block; the residual stream x [1, T, dim] is float32 throughout."""
 
     def __init__(self, source: Block, dtype: torch.dtype, fused: bool) -> None:
         super().__init__()
         self.eps = source.eps
         self.self_attn = SelfAttentionPart(source.self_attn, dtype, fused)
-        self.cross_attn = CrossAttentionPart(source.cross_attn, dtype)
+        self.cross_attn = CrossAttentionPart(source.cross_attn, dtype, fused)
         self.norm3 = source.norm3
         self.up, self.down = (Linear(source.ffn[i], dtype=dtype) for i in (0, 2))
 
     def forward(
         self,
         x: Tensor,
-        batch: int,
-        m: Sequence[Tensor],
+        modulation: Modulation,
         rope: tuple[Tensor, Tensor],
         prompt: Sequence[Tensor],
         past: Sequence[Tensor],
         mask: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns (x, this pass's keys, values), the latter two [T, B, heads, head_dim] in the KV dtype."""
-        y = modulated_norm(x, m[0], m[1], self.eps)
-        out, k, v = self.self_attn(y, batch, rope, past, mask)
-        x = x + out.float().view(x.shape) * m[2]
-        x = x + self.cross_attn(self.norm3(x), batch, prompt).float().view(x.shape)
-        y = modulated_norm(x, m[3], m[4], self.eps)
-        y = F.gelu(self.up(y), approximate="tanh")
-        return x + self.down(y).float() * m[5], k, v
+        """Returns (x, this pass's keys, values), the latter two [1, T, dim] in the KV dtype."""
+        out, k, v = self.self_attn(modulation.norm(x, 0, self.eps), rope, past, mask)
+        x = x + modulation.gate(out.float(), 2)
+        x = x + self.cross_attn(self.norm3(x), prompt).float()
+        y = F.gelu(self.up(modulation.norm(x, 3, self.eps)), approximate="tanh")
+        return x + modulation.gate(self.down(y).float(), 5), k, v
 
 
 class DenoiserPart(nn.Module):
@@ -180,7 +196,7 @@ class DenoiserPart(nn.Module):
 
     def __init__(self, model: WanModel, dtype: torch.dtype, fused: bool) -> None:
         super().__init__()
-        self.layers, self.eps = model.config.num_layers, model.config.eps
+        self.layers, self.eps, self.fused = model.config.num_layers, model.config.eps, fused
         patch = model.patch_embedding
         linear = nn.Linear(patch.in_channels * 4, patch.out_channels, device="meta")
         values = {"weight": patch.weight.flatten(1), "bias": cast(Tensor, patch.bias)}
@@ -212,27 +228,24 @@ class DenoiserPart(nn.Module):
     ) -> tuple[Tensor, ...]:
         """(flow, this pass's keys and values layer by layer); `mask` bool [T, P + T], None = all seen."""
         prompt, past = layers[: 2 * self.layers], layers[2 * self.layers :]
-        batch, frames, channels, height, width = latents.shape
+        _, frames, channels, height, width = latents.shape
         rows, columns = height // 2, width // 2
-        x = latents.reshape(batch, frames, channels, rows, 2, columns, 2).permute(
-            1, 3, 5, 0, 2, 4, 6
-        )
-        x = self.patch(x.reshape(1, frames, rows * columns * batch, channels * 4))
-        cos, sin = (table.unsqueeze(1).expand(-1, batch, -1) for table in rope)
+        x = latents.reshape(frames, channels, rows, 2, columns, 2).permute(0, 2, 4, 1, 3, 5)
+        x = self.patch(x.reshape(1, frames * rows * columns, channels * 4))
         m = torch.split(modulation, 1)
         new: list[Tensor] = []
         for i, block in enumerate(self.blocks):
             pair = slice(2 * i, 2 * i + 2)
-            own = m[6 * i : 6 * i + 6]
-            x, k, v = block(x, batch, own, (cos, sin), prompt[pair], past[pair], mask)
+            own = Modulation(m[6 * i : 6 * i + 6], self.fused)
+            x, k, v = block(x, own, rope, prompt[pair], past[pair], mask)
             new += [k, v]
-        x = self.head(modulated_norm(x, m[-2], m[-1], self.eps))
-        x = x.view(frames, rows, columns, batch, 2, 2, -1).permute(3, 0, 6, 1, 4, 2, 5)
-        return x.reshape(batch, frames, -1, height, width), *new
+        x = self.head(Modulation(m[-2:], self.fused).norm(x, 0, self.eps))
+        x = x.view(frames, rows, columns, 2, 2, -1).permute(0, 5, 1, 3, 2, 4)
+        return x.reshape(1, frames, -1, height, width), *new
 
 
 class JoinedPart(DenoiserPart):
-    """Several blocks in one pass: the mask says what each token sees, of the past and of this pass."""
+    """Two blocks in one pass: the mask says what each token sees, of the past and of this pass."""
 
     def forward(
         self,
@@ -280,21 +293,20 @@ class TimePart(nn.Module):
         own[:, [1, 4]] += 1
         head = model.head.modulation.detach()[0].clone()
         head[1] += 1
-        self.register_buffer("own", own[:, :, None, None])
-        self.register_buffer("head", head[:, None, None])
+        self.register_buffer("own", own)
+        self.register_buffer("head", head)
 
-    def forward(self, timesteps: Tensor) -> Tensor:
-        """[1, F] -> [6 * layers + 2, F, 1, dim]."""
-        t = timesteps[0].unsqueeze(-1)
+    def forward(self, timestep: Tensor) -> Tensor:
+        """[1] -> [6 * layers + 2, dim]."""
+        t = timestep
         whole = torch.floor(t)
         angle = whole * self.coarse
         angle = angle - torch.floor(angle) + (whole * self.fine + (t - whole) * self.turns)
         angle = angle * (2 * pi)
         features = torch.cat([torch.cos(angle), torch.sin(angle)], dim=-1)
-        embedding = self.last(F.silu(self.first(features))).unsqueeze(1)  # [F, 1, dim]
-        shared = self.projection(F.silu(embedding)).unflatten(-1, (6, self.dim))
-        blocks = (self.own + shared.permute(2, 0, 1, 3)).flatten(0, 1)
-        return torch.cat([blocks, self.head + embedding])
+        embedding = self.last(F.silu(self.first(features)))  # [dim]
+        shared = self.projection(F.silu(embedding)).view(6, self.dim)
+        return torch.cat([(self.own + shared).flatten(0, 1), self.head + embedding])
 
 
 class PromptPart(nn.Module):
@@ -308,5 +320,5 @@ class PromptPart(nn.Module):
         )
 
     def forward(self, context: Tensor) -> tuple[Tensor, ...]:
-        y = self.last(F.gelu(self.first(context.transpose(0, 1)), approximate="tanh"))
+        y = self.last(F.gelu(self.first(context), approximate="tanh"))
         return tuple(x for block in self.blocks for x in block(y))

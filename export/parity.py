@@ -117,8 +117,9 @@ def _worst(found: Mapping[str, Array], expected: Mapping[str, Tensor]) -> float:
 
 
 def _flat(prefix: str, layers: Sequence[KeyValue]) -> dict[str, Tensor]:
+    """Keys and values [tokens, 1, heads, D] as an engine's tensors [1, tokens, dim]."""
     return {
-        f"{prefix}_{kind}.{i}": t
+        f"{prefix}_{kind}.{i}": t.flatten(2).transpose(0, 1)
         for i, kv in enumerate(layers)
         for kind, t in zip("kv", kv, strict=True)
     }
@@ -136,22 +137,23 @@ def _measure_passes(engine: OrtEngine, checkpoint: Checkpoint, model: WanModel) 
         worst[part] = max(worst[part], value)
 
     for timestep in (0.0, *sorted(set(timesteps))):
-        t = torch.full((1, manifest.cache.block_frames), timestep)
-        expected = {"modulation": modulations(model, model.embed_time(t))}
-        note("time", _worst(_run(engine, "time", {"timesteps": t}), expected))
+        t = torch.full((1,), timestep)
+        expected = {"modulation": modulations(model, t)[:, 0, 0]}
+        note("time", _worst(_run(engine, "time", {"timestep": t}), expected))
     for batch in (1, 2):
         context = _context(checkpoint, batch, draw)
         if checkpoint.table is not None:
             tokens = torch.randint(len(checkpoint.table), (batch, config.text_len), generator=draw)
             context = checkpoint.table[tokens]
             note("text", _worst(_run(engine, "text", {"tokens": tokens}), {"context": context}))
-        prompt = model.embed_prompt(context)
-        note(
-            "prompt", _worst(_run(engine, "prompt", {"context": context}), _flat("prompt", prompt))
-        )
+        if batch == 1:
+            prompt = model.embed_prompt(context)
+            found = _run(engine, "prompt", {"context": context})
+            note("prompt", _worst(found, _flat("prompt", prompt)))
         for height, width in _latent_sizes(manifest):
-            for case in _denoiser_cases(manifest, model, prompt, batch, (height, width), draw):
-                note(case.part, _worst(_run(engine, case.part, case.inputs), case.expected))
+            if batch == 1:
+                for case in _denoiser_cases(manifest, model, prompt, (height, width), draw):
+                    note(case.part, _worst(_run(engine, case.part, case.inputs), case.expected))
             if checkpoint.codec is not None:
                 size = (batch, manifest.cache.block_frames, config.in_dim, height, width)
                 latents = torch.randn(size, generator=draw)
@@ -171,9 +173,9 @@ def _context(checkpoint: Checkpoint, batch: int, draw: torch.Generator) -> Tenso
     )
 
 
-def modulations(model: WanModel, time: tuple[Tensor, Tensor]) -> Tensor:
-    """What an engine's time part makes of `model.embed_time`: [6 * layers + 2, F, 1, dim]."""
-    embedding, shared = time
+def modulations(model: WanModel, timesteps: Tensor) -> Tensor:
+    """What an engine's passes are modulated by at timesteps [F]: [6 * layers + 2, F, 1, dim]."""
+    embedding, shared = model.embed_time(timesteps[None])
     blocks = [cast(Block, block) for block in model.blocks]
     rows = [row for block in blocks for row in (shared + block.modulation).unbind(dim=2)]
     rows += (model.head.modulation + embedding.unsqueeze(2)).unbind(dim=2)
@@ -192,7 +194,6 @@ def _denoiser_cases(
     manifest: Manifest,
     model: WanModel,
     prompt: list[KeyValue],
-    batch: int,
     latent_hw: tuple[int, int],
     draw: torch.Generator,
 ) -> Iterator[_Case]:
@@ -201,7 +202,7 @@ def _denoiser_cases(
     token_hw = (latent_hw[0] // 2, latent_hw[1] // 2)
 
     def latents(frames: int) -> Tensor:
-        return torch.randn((batch, frames, config.in_dim, *latent_hw), generator=draw)
+        return torch.randn((1, frames, config.in_dim, *latent_hw), generator=draw)
 
     def time(frames: int, timestep: float) -> tuple[Tensor, Tensor]:
         return model.embed_time(torch.full((1, frames), timestep))
@@ -214,7 +215,7 @@ def _denoiser_cases(
             rope = make_rope(config, range(past_frames), token_hw)
             _, past = model.denoise(latents(past_frames), time(past_frames, 0.0), prompt, rope)
         else:
-            empty = torch.zeros((0, batch, config.num_heads, config.head_dim))
+            empty = torch.zeros((0, 1, config.num_heads, config.head_dim))
             past = [KeyValue(empty, empty) for _ in range(config.num_layers)]
         # What the engine gets is rounded to its KV dtype; torch gets the same values.
         past, given = (
@@ -223,9 +224,10 @@ def _denoiser_cases(
         )
         rope = make_rope(config, range(past_frames, past_frames + block), token_hw)
         for timestep in (1000.0, 625.0, 0.0):
-            x, at = latents(block), time(block, timestep)
-            flow, new = model.denoise(x, at, given, rope, past)
-            inputs = {"latents": x, "modulation": modulations(model, at)}
+            x = latents(block)
+            flow, new = model.denoise(x, time(block, timestep), given, rope, past)
+            rows = modulations(model, torch.tensor([timestep]))[:, 0, 0]
+            inputs = {"latents": x, "modulation": rows}
             inputs |= {"rope_cos": rope[0], "rope_sin": rope[1]}
             held = _flat("prompt", given) | _flat("past", past)
             yield _Case("denoiser", inputs | held, {"flow": flow} | _flat("new", new))
@@ -233,13 +235,13 @@ def _denoiser_cases(
                 continue
             both = make_rope(config, range(past_frames, past_frames + 2 * block), token_hw)
             x = latents(2 * block)
-            at = model.embed_time(torch.tensor([[0.0] * block + [timestep] * block]))
+            times = torch.tensor([0.0] * block + [timestep] * block)
             hidden = range(block if past_frames else 0)
             mask = torch.from_numpy(
                 joined_mask(block, past_frames, hidden, token_hw[0] * token_hw[1])
             )
-            flow, new = model.denoise(x, at, given, both, past, mask)
-            inputs = {"latents": x, "modulation": modulations(model, at), "mask": mask}
+            flow, new = model.denoise(x, model.embed_time(times[None]), given, both, past, mask)
+            inputs = {"latents": x, "modulation": modulations(model, times), "mask": mask}
             inputs |= {"rope_cos": both[0], "rope_sin": both[1]}
             yield _Case("joined", inputs | held, {"flow": flow} | _flat("new", new))
 
@@ -262,8 +264,8 @@ def _measure_rollout(engine: OrtEngine, reference: TorchEngine) -> dict[str, flo
     draw = np.random.default_rng(0)
     worst = {"latents": 0.0, "cache": 0.0}
     for height, width in _latent_sizes(manifest):
-        noise = draw.standard_normal((1, frames, config.in_dim, height, width)).astype(np.float32)
-        context = draw.standard_normal((1, config.text_len, config.text_dim)).astype(np.float32)
+        noise = draw.standard_normal((2, frames, config.in_dim, height, width)).astype(np.float32)
+        context = draw.standard_normal((2, config.text_len, config.text_dim)).astype(np.float32)
 
         def play(session: Session, noise: Array = noise, context: Array = context) -> Replay:
             return session.replay(noise, context, plan=ListedPlan((4, 2, 1)), dump_cache=True)

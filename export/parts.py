@@ -87,32 +87,36 @@ def engine_parts(
     kv, f32 = KV_TYPES[precision], torch.float32
     c = model.config
     height, width = latent_hw or ("h", "w")
-    tokens = "T"
-    latents: TensorShape = (f32, ("B", "F", c.in_dim, height, width))
-    flow: TensorShape = (f32, ("B", "F", c.out_dim, height, width))
-    modulation = {"modulation": (f32, (6 * c.num_layers + 2, "F", 1, c.dim))}
+    tokens, rows = "T", 6 * c.num_layers + 2
+    latents: TensorShape = (f32, (1, "F", c.in_dim, height, width))
+    flow: TensorShape = (f32, (1, "F", c.out_dim, height, width))
     rope: TensorShape = (f32, (tokens, c.head_dim // 2))
 
     def layers(prefix: str, length: int | str) -> dict[str, TensorShape]:
-        shape = (length, "B", c.num_heads, c.head_dim)
+        shape = (1, length, c.dim)
         return {f"{prefix}_{kind}.{i}": (kv, shape) for i in range(c.num_layers) for kind in "kv"}
 
-    given = {"latents": latents, **modulation, "rope_cos": rope, "rope_sin": rope}
-    mask: TensorShape = (torch.bool, (tokens, "S"))
-    held = layers("prompt", c.text_len) | layers("past", "P")
+    def inputs(modulation: tuple[int | str, ...], **more: TensorShape) -> dict[str, TensorShape]:
+        given = {"latents": latents, "modulation": (f32, modulation), "rope_cos": rope}
+        held = layers("prompt", c.text_len) | layers("past", "P")
+        return given | {"rope_sin": rope} | more | held
+
     made = {"flow": flow} | layers("new", tokens)
     parts = {
-        "denoiser": PartModule(DenoiserPart(model, kv, fused), given | held, made),
-        "time": PartModule(TimePart(model), {"timesteps": (f32, (1, "F"))}, modulation),
+        "denoiser": PartModule(DenoiserPart(model, kv, fused), inputs((rows, c.dim)), made),
+        "time": PartModule(
+            TimePart(model), {"timestep": (f32, (1,))}, {"modulation": (f32, (rows, c.dim))}
+        ),
         "prompt": PartModule(
             PromptPart(model, kv),
-            {"context": (f32, ("B", c.text_len, c.text_dim))},
+            {"context": (f32, (1, c.text_len, c.text_dim))},
             layers("prompt", c.text_len),
         ),
     }
     if fused:
+        mask: TensorShape = (torch.bool, (tokens, "S"))
         parts["joined"] = PartModule(
-            JoinedPart(model, kv, fused), given | {"mask": mask} | held, made
+            JoinedPart(model, kv, fused), inputs((rows, "F", 1, c.dim), mask=mask), made
         )
     if checkpoint.table is not None:
         parts["text"] = PartModule(
@@ -123,6 +127,7 @@ def engine_parts(
     if checkpoint.codec is not None:
         size = tuple(4 * n for n in latent_hw) if latent_hw else ("rows", "columns")
         frames: TensorShape = (f32, ("B", "F", 3, *size))
+        latents = (f32, ("B", *latents[1][1:]))
         parts["decoder"] = PartModule(checkpoint.codec, {"latents": latents}, {"frames": frames})
         parts["encoder"] = PartModule(
             EncoderPart(checkpoint.codec), {"frames": frames}, {"latents": latents}

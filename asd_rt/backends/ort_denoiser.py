@@ -16,7 +16,7 @@ from asd_rt.kv_cache import Move, joined_mask
 from asd_rt.manifest import REBUILD, Manifest, manifest_path
 from asd_rt.rope import rope_table
 
-MAX_PASSES = 16  # bindings that are kept
+MAX_SIZES = 16  # of passes whose bindings are kept
 _KV_DTYPES: dict[str, type[np.floating[Any]]] = {"float32": np.float32, "float16": np.float16}
 
 
@@ -44,22 +44,22 @@ class _Pass:
 
     Attributes:
         inputs: static buffers of the inputs that change from pass to pass.
-        flow: static buffer of the result.
         holds: what was last copied into an input, so that it is not copied again.
     """
 
-    def __init__(self, session: Any, inputs: Mapping[str, tuple[int, ...]], flow: tuple[int, ...]):
+    def __init__(
+        self, session: Any, inputs: Mapping[str, tuple[int, ...]], flow: FloatArray
+    ) -> None:
         self._session = session
         self._binding = session.io_binding()
         self.inputs: dict[str, NDArray[Any]] = {
             name: np.zeros(shape, np.bool_ if name == "mask" else np.float32)
             for name, shape in inputs.items()
         }
-        self.flow = np.zeros(flow, np.float32)
         self.holds: dict[str, object] = {}
         for name, array in self.inputs.items():
             self.bind_input(name, array)
-        self.bind_output("flow", self.flow)
+        self.bind_output("flow", flow)
 
     def put(self, name: str, key: object, make: Callable[[], NDArray[Any]]) -> None:
         """Fill an input with `make()`, unless it holds `key` already."""
@@ -80,15 +80,17 @@ class _Pass:
 class OrtDenoiser:
     """See `asd_rt.backends.base.Denoiser`.
 
-    Buffers are numpy arrays that live as long as the geometry does; sessions read and write them through IO
-    bindings by address. A full window never changes shape, so from then on one binding serves all passes.
+    A pass serves one video: those of a batch take turns. Buffers are numpy arrays that live as long as the
+    geometry does; sessions read and write them through IO bindings by address. A full window never changes
+    shape, so from then on one binding serves all passes.
     """
 
     _geometry: (
         tuple[int, int, int, int] | None
     )  # batch, latent rows, latent columns, capacity frames
     _rope: tuple[range, tuple[FloatArray, FloatArray]] | None
-    _passes: dict[tuple[str, int, int], _Pass]
+    _passes: dict[tuple[str, int, int], list[_Pass]]  # by part, frames and past frames; one a video
+    _flows: dict[int, FloatArray]  # results, by frames of a pass
     _cache: dict[str, NDArray[Any]]
     _prompt: dict[str, NDArray[Any]]
 
@@ -108,7 +110,7 @@ class OrtDenoiser:
             )
         self._kv_dtype = _KV_DTYPES[dtype]
         self._layers = range(manifest.model.num_layers)
-        self._modulations: dict[tuple[float, int], FloatArray] = {}
+        self._modulations: dict[float, FloatArray] = {}
         self._release_buffers()
 
     def prepare(self, batch: int, latent_hw: tuple[int, int], capacity_frames: int) -> None:
@@ -116,11 +118,10 @@ class OrtDenoiser:
         self._has_prompt = False
         if self._geometry == (batch, rows, columns, capacity_frames):
             return
-        self._check_fixed("latents", {0: batch, 3: rows, 4: columns})
+        self._check_fixed("latents", {3: rows, 4: columns})
         model = self._model
         self._frame_tokens = (rows // 2) * (columns // 2)
-        token = (batch, model.num_heads, model.head_dim)
-        shape = (capacity_frames * self._frame_tokens, *token)
+        shape = (batch, capacity_frames * self._frame_tokens, model.dim)
         self._release_buffers()
         names = [f"{kind}.{i}" for i in self._layers for kind in "kv"]
         try:
@@ -132,7 +133,8 @@ class OrtDenoiser:
                 "fewer frames, or build the engine with --window-frames"
             ) from error
         self._prompt = {
-            f"prompt_{name}": np.zeros((model.text_len, *token), self._kv_dtype) for name in names
+            f"prompt_{name}": np.zeros((batch, model.text_len, model.dim), self._kv_dtype)
+            for name in names
         }
         self._geometry = (batch, rows, columns, capacity_frames)
 
@@ -148,21 +150,21 @@ class OrtDenoiser:
 
     def set_prompt(self, context: FloatArray) -> None:
         session = self._part_session("prompt")
-        with run_errors(f"{self._path}: prompt"):
-            results = session.run(
-                list(self._prompt), {"context": np.ascontiguousarray(context, np.float32)}
-            )
-        for buffer, result in zip(self._prompt.values(), results, strict=True):
-            np.copyto(buffer, result)
+        for item, one in enumerate(np.ascontiguousarray(context, np.float32)):
+            with run_errors(f"{self._path}: prompt"):
+                results = session.run(list(self._prompt), {"context": one[None]})
+            for buffer, result in zip(self._prompt.values(), results, strict=True):
+                buffer[item] = result[0]
         self._has_prompt = True
 
     def denoise(
         self, latents: FloatArray, timestep: float, frames: range, past_frames: int
     ) -> FloatArray:
-        one = self._pass("denoiser", frames, past_frames)
-        one.put("modulation", timestep, lambda: self._modulation(timestep, len(frames)))
-        np.copyto(one.inputs["latents"], latents)
-        return self._run("denoiser", one)
+        for item, one in enumerate(self._passes_of("denoiser", frames, past_frames)):
+            one.put("modulation", timestep, lambda: self._modulation(timestep))
+            np.copyto(one.inputs["latents"], latents[item : item + 1])
+            self._run("denoiser", one)
+        return self._flows[len(frames)]
 
     def denoise_joined(
         self,
@@ -175,45 +177,47 @@ class OrtDenoiser:
     ) -> FloatArray:
         if not self.can_join:
             raise BackendError(f"{self._path}: has no joined part; build it again with: {REBUILD}")
-        one, size = self._pass("joined", frames, past_frames), len(frames) // 2
-        one.put(
-            "modulation",
-            timestep,
-            lambda: np.concatenate([self._modulation(t, size) for t in (0.0, timestep)], axis=1),
-        )
-        one.put(
-            "mask",
-            tuple(hidden),
-            lambda: joined_mask(size, past_frames, hidden, self._frame_tokens),
-        )
-        np.copyto(one.inputs["latents"][:, :size], clean)
-        np.copyto(one.inputs["latents"][:, size:], noisy)
-        return self._run("joined", one)[:, size:]
+        size = len(frames) // 2
 
-    def _run(self, part: str, one: _Pass) -> FloatArray:
+        def modulation() -> FloatArray:
+            blocks = [self._modulation(t)[:, None, None].repeat(size, 1) for t in (0.0, timestep)]
+            return np.concatenate(blocks, axis=1)
+
+        def mask() -> NDArray[np.bool_]:
+            return joined_mask(size, past_frames, hidden, self._frame_tokens)
+
+        for item, one in enumerate(self._passes_of("joined", frames, past_frames)):
+            one.put("modulation", timestep, modulation)
+            one.put("mask", tuple(hidden), mask)
+            np.copyto(one.inputs["latents"][0, :size], clean[item])
+            np.copyto(one.inputs["latents"][0, size:], noisy[item])
+            self._run("joined", one)
+        return self._flows[len(frames)][:, size:]
+
+    def _run(self, part: str, one: _Pass) -> None:
         with run_errors(f"{self._path}: {part}"):
             one.run()
-        return one.flow
 
-    def _pass(self, part: str, frames: range, past_frames: int) -> _Pass:
-        """The pass of this size, with positions in place."""
+    def _passes_of(self, part: str, frames: range, past_frames: int) -> list[_Pass]:
+        """The passes of this size, one for each video of the batch, with positions in place."""
         if self._geometry is None or not self._has_prompt:
             raise BackendError("denoise needs prepare and set_prompt first")
         key = (part, len(frames), past_frames)
         if key not in self._passes:
-            if len(self._passes) >= MAX_PASSES:  # a video without a window meets each size once
+            if len(self._passes) >= MAX_SIZES:  # a video without a window meets each size once
                 del self._passes[next(iter(self._passes))]
-            self._passes[key] = self._bind(*key)
-        one = self._passes[key]
+            batch = self._geometry[0]
+            self._passes[key] = [self._bind(*key, item) for item in range(batch)]
         if self._rope is None or self._rope[0] != frames:
             hw = self._geometry[1:3]
             self._rope = frames, rope_table(self._model.head_dim, frames, hw[0] // 2, hw[1] // 2)
         cos, sin = self._rope[1]
-        one.put("rope_cos", frames, lambda: cos)
-        one.put("rope_sin", frames, lambda: sin)
-        return one
+        for one in self._passes[key]:
+            one.put("rope_cos", frames, lambda: cos)
+            one.put("rope_sin", frames, lambda: sin)
+        return self._passes[key]
 
-    def _bind(self, part: str, count: int, past_frames: int) -> _Pass:
+    def _bind(self, part: str, count: int, past_frames: int, item: int) -> _Pass:
         batch, rows, columns, capacity_frames = self._geometry or (0, 0, 0, 0)
         if past_frames + count > capacity_frames:
             raise BackendError(
@@ -222,34 +226,36 @@ class OrtDenoiser:
             )
         model = self._model
         past, own = past_frames * self._frame_tokens, count * self._frame_tokens
+        count_rows = 6 * model.num_layers + 2
         inputs: dict[str, tuple[int, ...]] = {
-            "latents": (batch, count, model.in_dim, rows, columns),
-            "modulation": (6 * model.num_layers + 2, count, 1, model.dim),
+            "latents": (1, count, model.in_dim, rows, columns),
+            "modulation": (count_rows, model.dim),
             "rope_cos": (own, model.head_dim // 2),
             "rope_sin": (own, model.head_dim // 2),
         }
         if part == "joined":
+            inputs["modulation"] = (count_rows, count, 1, model.dim)
             inputs["mask"] = (own, past + own)
-        flow = (batch, count, model.out_dim, rows, columns)
-        sizes = {"B": batch, "F": count, "T": own, "P": past, "S": past + own}
-        sizes |= {"h": rows, "w": columns}
-        one = _Pass(self._part_session(part, sizes), inputs, flow)
+        if count not in self._flows:
+            shape = (batch, count, model.out_dim, rows, columns)
+            self._flows[count] = np.zeros(shape, np.float32)
+        sizes = {"F": count, "T": own, "P": past, "S": past + own, "h": rows, "w": columns}
+        one = _Pass(self._part_session(part, sizes), inputs, self._flows[count][item : item + 1])
         for name, buffer in self._prompt.items():
-            one.bind_input(name, buffer)
+            one.bind_input(name, buffer[item : item + 1])
         for name, buffer in self._cache.items():
-            one.bind_input(f"past_{name}", buffer[:past])
-            one.bind_output(f"new_{name}", buffer[past : past + own])
+            one.bind_input(f"past_{name}", buffer[item : item + 1, :past])
+            one.bind_output(f"new_{name}", buffer[item : item + 1, past : past + own])
         return one
 
-    def _modulation(self, timestep: float, count: int) -> FloatArray:
+    def _modulation(self, timestep: float) -> FloatArray:
         """What the network derives from a timestep; computed once, and kept."""
-        key = (timestep, count)
-        if key not in self._modulations:
-            feed = {"timesteps": np.full((1, count), timestep, np.float32)}
+        if timestep not in self._modulations:
+            feed = {"timestep": np.array([timestep], np.float32)}
             with run_errors(f"{self._path}: time"):
                 (result,) = self._part_session("time").run(["modulation"], feed)
-            self._modulations[key] = np.asarray(result)
-        return self._modulations[key]
+            self._modulations[timestep] = np.asarray(result)
+        return self._modulations[timestep]
 
     def move(self, moves: Sequence[Move]) -> None:
         size = self._frame_tokens
@@ -257,7 +263,7 @@ class OrtDenoiser:
             source = slice(move.source * size, (move.source + move.frames) * size)
             target = slice(move.target * size, (move.target + move.frames) * size)
             for buffer in self._cache.values():
-                buffer[target] = buffer[source]
+                buffer[:, target] = buffer[:, source]
 
     def read_cache(self, layer: int, slots: Sequence[int]) -> tuple[FloatArray, FloatArray]:
         tokens = np.concatenate(
@@ -266,17 +272,17 @@ class OrtDenoiser:
                 for slot in slots
             ]
         )
+        heads = (self._model.num_heads, self._model.head_dim)
         keys, values = (
-            np.ascontiguousarray(self._cache[f"{kind}.{layer}"][tokens].swapaxes(0, 1), np.float32)
-            for kind in "kv"
+            self._cache[f"{kind}.{layer}"][:, tokens].astype(np.float32) for kind in "kv"
         )
-        return keys, values
+        return keys.reshape(*keys.shape[:2], *heads), values.reshape(*keys.shape[:2], *heads)
 
     def _release_buffers(self) -> None:
         """Drop the old buffers first, so that a larger cache need not fit beside a smaller one."""
         self._geometry = self._rope = None
         self._has_prompt = False
-        self._passes, self._cache, self._prompt = {}, {}, {}
+        self._passes, self._flows, self._cache, self._prompt = {}, {}, {}, {}
 
     def release(self) -> None:
         """Free all memory; the denoiser is of no use afterwards."""

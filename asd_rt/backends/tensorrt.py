@@ -179,18 +179,19 @@ class TrtDenoiser:
         self._buffers: dict[str, DeviceArray] = {}
         self._cache: dict[str, int] = {}
         self._prompt: dict[str, Binding] = {}
-        self._times: dict[tuple[float, int], dict[str, Binding]] = {}
+        self._modulations: dict[float, dict[str, Binding]] = {}
         self._rope: tuple[range, dict[str, Binding]] | None = None
         self._geometry: tuple[int, int, int, int] | None = None
-
-    def _buffer(self, name: str) -> DeviceArray:
-        return self._buffers.setdefault(name, DeviceArray(self._cuda))
 
     def prepare(self, batch: int, latent_hw: tuple[int, int], capacity_frames: int) -> None:
         fixed = self._engine.manifest.latent_hw
         if fixed is not None and tuple(latent_hw) != fixed:
             raise BackendError(
                 f"{self._engine.path}: is fixed to latents of {fixed}, found {tuple(latent_hw)}"
+            )
+        if batch != 1:
+            raise BackendError(
+                f"{self._engine.path}: a plan serves one video at a time, found a batch of {batch}"
             )
         self._prompt, self._rope = {}, None
         geometry = (batch, *latent_hw, capacity_frames)
@@ -201,43 +202,37 @@ class TrtDenoiser:
             self._cuda.free(address)
         self._cache, self._geometry = {}, None
         self._frame_tokens = (latent_hw[0] // 2) * (latent_hw[1] // 2)
-        self._token_shape = (batch, self._model.num_heads, self._model.head_dim)
-        self._token_bytes = int(np.prod(self._token_shape)) * self._kv_dtype.itemsize
+        self._token_bytes = self._model.dim * self._kv_dtype.itemsize
         size = capacity_frames * self._frame_tokens * self._token_bytes
         for name in self._names:
             self._cache[name] = self._cuda.allocate(size)
         self._geometry = geometry
+
+    def _buffer(self, name: str) -> DeviceArray:
+        return self._buffers.setdefault(name, DeviceArray(self._cuda))
 
     def set_prompt(self, context: FloatArray) -> None:
         part = self._engine.part("prompt")
         part.set_inputs(
             {"context": self._buffer("context").put(context.astype(np.float32, copy=False))}
         )
-        shape = (self._model.text_len, *self._token_shape)
-        size = int(np.prod(shape)) * self._kv_dtype.itemsize
+        shape = (1, self._model.text_len, self._model.dim)
+        size = self._model.text_len * self._token_bytes
         self._prompt = {
             f"prompt_{n}": (self._buffer(f"prompt_{n}").room(size), shape) for n in self._names
         }
         part.run({name: address for name, (address, _) in self._prompt.items()})
 
-    def _time(self, timestep: float, count: int) -> dict[str, Binding]:
-        key = (timestep, count)
-        if key not in self._times:
-            part, dim = self._engine.part("time"), self._model.dim
-            part.set_inputs(
-                {
-                    "timesteps": self._buffer("timesteps").put(
-                        np.full((1, count), timestep, np.float32)
-                    )
-                }
-            )
-            shapes: dict[str, tuple[int, ...]] = {
-                "modulation": (6 * self._model.num_layers + 2, count, 1, dim)
-            }
-            made = {n: (self._cuda.allocate(4 * int(np.prod(s))), s) for n, s in shapes.items()}
-            part.run({name: address for name, (address, _) in made.items()})
-            self._times[key] = made
-        return self._times[key]
+    def _modulation(self, timestep: float) -> dict[str, Binding]:
+        if timestep not in self._modulations:
+            part, name = self._engine.part("time"), "modulation"
+            given = np.full(1, timestep, np.float32)
+            part.set_inputs({"timestep": self._buffer("timestep").put(given)})
+            shape = (6 * self._model.num_layers + 2, self._model.dim)
+            address = self._cuda.allocate(4 * int(np.prod(shape)))
+            part.run({name: address})
+            self._modulations[timestep] = {name: (address, shape)}
+        return self._modulations[timestep]
 
     def _positions(self, frames: range, latent_hw: tuple[int, int]) -> dict[str, Binding]:
         if self._rope is None or self._rope[0] != frames:
@@ -265,11 +260,11 @@ class TrtDenoiser:
         part = self._engine.part("denoiser")
         part.set_inputs(
             {"latents": self._buffer("latents").put(latents.astype(np.float32, copy=False))}
-            | self._time(timestep, len(frames))
+            | self._modulation(timestep)
             | self._positions(frames, (rows, columns))
             | self._prompt
             | {
-                f"past_{name}": (self._cache[name], (past, *self._token_shape))
+                f"past_{name}": (self._cache[name], (1, past, self._model.dim))
                 for name in self._names
             }
         )
@@ -303,14 +298,14 @@ class TrtDenoiser:
                 )
 
     def read_cache(self, layer: int, slots: Sequence[int]) -> tuple[FloatArray, FloatArray]:
-        shape = (self._frame_tokens, *self._token_shape)
+        shape = (self._frame_tokens, self._model.num_heads, self._model.head_dim)
         size = self._frame_tokens * self._token_bytes
 
         def read(base: int) -> FloatArray:
             frames = [np.empty(shape, self._kv_dtype) for _ in slots]
             for frame, slot in zip(frames, slots, strict=True):
                 self._cuda.download(frame, base + slot * size)
-            return np.ascontiguousarray(np.concatenate(frames).swapaxes(0, 1), np.float32)
+            return np.concatenate(frames)[None].astype(np.float32)
 
         return read(self._cache[f"k.{layer}"]), read(self._cache[f"v.{layer}"])
 

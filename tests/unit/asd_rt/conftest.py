@@ -185,56 +185,54 @@ def f32(*shape: int | str) -> TensorSpec:
 def _denoiser(path: Path) -> Part:
     g = _Graph()
     inputs = {
-        "latents": f32("B", "F", 2, "h", "w"),
-        "modulation": f32(14, "F", 1, 12),
+        "latents": f32(1, "F", 2, "h", "w"),
+        "modulation": f32(14, 12),
         "rope_cos": f32("T", 3),
         "rope_sin": f32("T", 3),
     }
-    outputs = {"flow": f32("B", "F", 2, "h", "w")}
-    tokens = g("Transpose", g("Reshape", "latents", g.const([0, -1, 8], np.int64)), perm=[1, 0, 2])
-    turn = g.shape(g.mean(g("Sub", "rope_cos", "rope_sin"), 1), -1, 1, 1, 1)
+    outputs = {"flow": f32(1, "F", 2, "h", "w")}
+    tokens = g("Reshape", "latents", g.const([1, -1, 8], np.int64))
+    turn = g.shape(g.mean(g("Sub", "rope_cos", "rope_sin"), 1), 1, -1, 1)
     flow = g("Mul", "latents", g.const(0.3))
-    flow = g("Add", flow, g.shape(g.mean("modulation", 0, 2, 3, keepdims=0), 1, -1, 1, 1, 1))
+    flow = g("Add", flow, g.shape(g.mean("modulation", 0, 1, keepdims=0), 1, 1, 1, 1, 1))
     for i in range(2):
         whole = {}
         for kind, weights in (("k", W_KEY), ("v", W_VALUE)):
-            inputs[f"prompt_{kind}.{i}"] = f32(4, "B", 2, 6)
-            inputs[f"past_{kind}.{i}"] = f32("P", "B", 2, 6)
-            outputs[f"new_{kind}.{i}"] = f32("T", "B", 2, 6)
-            y = g(
-                "Reshape", g("MatMul", tokens, g.const(weights[i])), g.const([0, 0, 2, 6], np.int64)
-            )
+            inputs[f"prompt_{kind}.{i}"] = f32(1, 4, 12)
+            inputs[f"past_{kind}.{i}"] = f32(1, "P", 12)
+            outputs[f"new_{kind}.{i}"] = f32(1, "T", 12)
+            y = g("MatMul", tokens, g.const(weights[i]))
             new = g("Mul", y, turn, out=f"new_{kind}.{i}")
-            whole[kind] = g("Concat", f"past_{kind}.{i}", new, axis=0)
-        seen = g("Mul", g.mean(g("Tanh", whole["k"]), 0), g.mean(whole["v"], 0))
-        seen = g.shape(g.mean(seen, 0, 2, 3, keepdims=0), -1, 1, 1, 1, 1)
+            whole[kind] = g("Concat", f"past_{kind}.{i}", new, axis=1)
+        seen = g("Mul", g.mean(g("Tanh", whole["k"]), 1), g.mean(whole["v"], 1))
+        seen = g.shape(g.mean(seen, 1, 2, keepdims=0), 1, 1, 1, 1, 1)
         # Half of the prompt's mean comes from each of keys and values, summed over two layers.
         prompt = g(
             "Add",
-            g.mean(f"prompt_k.{i}", 0, 2, 3, keepdims=0),
-            g.mean(f"prompt_v.{i}", 0, 2, 3, keepdims=0),
+            g.mean(f"prompt_k.{i}", 1, 2, keepdims=0),
+            g.mean(f"prompt_v.{i}", 1, 2, keepdims=0),
         )
-        prompt = g.shape(g("Mul", prompt, g.const(0.25)), -1, 1, 1, 1, 1)
+        prompt = g.shape(g("Mul", prompt, g.const(0.25)), 1, 1, 1, 1, 1)
         flow = g("Add", g("Add", flow, seen), prompt, out="flow" if i == 1 else None)
     return g.save(path, inputs, outputs)
 
 
 def _time(path: Path) -> Part:
     g = _Graph()
-    t = g.shape(g("Mul", "timesteps", g.const(1e-3)), 1, -1, 1, 1)
+    t = g.shape(g("Mul", "timestep", g.const(1e-3)), 1, 1)
     embedding = g("Tanh", g("Mul", t, g.const(W_TIME)))
-    g("Tile", embedding, g.const([14, 1, 1, 1], np.int64), out="modulation")
-    return g.save(path, {"timesteps": f32(1, "F")}, {"modulation": f32(14, "F", 1, 12)})
+    g("Tile", embedding, g.const([14, 1], np.int64), out="modulation")
+    return g.save(path, {"timestep": f32(1)}, {"modulation": f32(14, 12)})
 
 
 def _prompt(path: Path) -> Part:
     g = _Graph()
-    y = g("Transpose", g("Tanh", g("MatMul", "context", g.const(W_PROMPT))), perm=[1, 0, 2])
+    y = g("Tanh", g("MatMul", "context", g.const(W_PROMPT)))
     outputs = {}
     for name in ("prompt_k.0", "prompt_v.0", "prompt_k.1", "prompt_v.1"):
-        g("Reshape", y, g.const([0, 0, 2, 6], np.int64), out=name)
-        outputs[name] = f32(4, "B", 2, 6)
-    return g.save(path, {"context": f32("B", 4, 3)}, outputs)
+        g("Identity", y, out=name)
+        outputs[name] = f32(1, 4, 12)
+    return g.save(path, {"context": f32(1, 4, 3)}, outputs)
 
 
 def _text(path: Path) -> Part:

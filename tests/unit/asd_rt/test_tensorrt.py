@@ -183,11 +183,18 @@ def refused(error: type[AsdError], told: str, path: Path, manifest: Manifest) ->
     assert FakeRuntime.made == 0, "a Runtime was made before the checks were done"
 
 
+def test_a_batch_is_refused(toy: Any, machine: Callable[..., FakeCuda]) -> None:
+    machine()
+    engine = open_engine(toy.path, as_plan(toy.manifest))
+    with pytest.raises(BackendError, match="one video at a time, found a batch of 2"):
+        engine.denoiser.prepare(2, (4, 2), 6)
+
+
 def test_same_loop_as_onnx_runtime(toy: Any, machine: Callable[..., FakeCuda]) -> None:
     runtime = machine()
     rng = np.random.default_rng(0)
-    noise = rng.standard_normal((2, 10, 2, 4, 2)).astype(np.float32)
-    context = rng.standard_normal((2, 3, 3)).astype(np.float32)
+    noise = rng.standard_normal((1, 10, 2, 4, 2)).astype(np.float32)
+    context = rng.standard_normal((1, 3, 3)).astype(np.float32)
 
     def play(session: Session) -> Replay:
         return session.replay(noise, context, plan=ListedPlan((2, 1, 3)), seed=4, dump_cache=True)

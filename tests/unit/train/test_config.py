@@ -30,7 +30,7 @@ def test_the_shipped_configuration_loads() -> None:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("guidance =", "guidence =", "unknown key guidence"),
+        ("\nguidance =", "\nguidence =", "unknown key guidence"),
         ("name =", "title =", "missing name"),
         ("clip_frames = 12", "clip_frames = 13", "not a multiple"),
         ("sink_frames = 3", "sink_frames = 12", "smaller than window_frames"),
