@@ -134,9 +134,8 @@ def cache_bytes(
     size = manifest.cache.block_frames
     slots = manifest.cache.window_frames or math.ceil(frames / size) * size
     spec = manifest.parts["denoiser"].outputs.get("new_k.0")
-    width = (
-        4 if spec is None else np.dtype("float16" if "16" in spec.dtype else spec.dtype).itemsize
-    )
+    dtype = "float32" if spec is None else spec.dtype
+    width = 2 if "16" in dtype or manifest.precision == "bf16" else np.dtype(dtype).itemsize
     tokens = slots * hw[0] * hw[1] // 4
     return 2 * manifest.model.num_layers * tokens * manifest.model.dim * width
 

@@ -29,7 +29,7 @@ PACKAGES = (
     "av",
     "onnxruntime",
     "onnxruntime-gpu",
-    "onnxruntime-ep-openvino",
+    "openvino",
     "tensorrt-rtx",
     "cuda-python",
 )

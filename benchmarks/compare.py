@@ -1,11 +1,11 @@
 """Ours against PyTorch on the same weights, noise and plan: compare.json, compare.md and compare.png.
 
 python -m benchmarks.compare --out out
-python -m benchmarks.compare --size 113m --blocks 9 --out out
+python -m benchmarks.compare --size 113m --passes --out out
 
 All ways take turns in one run, so that whatever else the machine does hits them alike. Speed is that of whole
-videos, decoded to frames where the engine can; accuracy is the distance of the latents from those of eager
-float32.
+videos, decoded to frames where the engine can, or of single passes behind a full window; accuracy is the
+distance of the result from that of eager float32.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from asd_rt import timing
 from asd_rt.errors import AsdError
 from asd_rt.files import replacing
 from asd_rt.machine import usable_cores
+from asd_rt.noise import gaussian
 from asd_rt.plan import FixedPlan
 from asd_rt.progress import Progress
 from asd_rt.session import Session
@@ -54,6 +55,23 @@ class Contender:
     session: Session
 
 
+def run_pass(session: Session, context: Any, args: argparse.Namespace) -> tuple[list[float], Any]:
+    """One pass behind a full window of zeros, as `play` gives it."""
+    manifest, denoiser = session.manifest, session.engine.denoiser
+    size = manifest.cache.block_frames
+    past = (manifest.cache.window_frames or args.blocks * size) - size
+    shape = (1, size, manifest.model.in_dim, *(manifest.latent_hw or (0, 0)))
+    if not args.prepared.get(id(session)):
+        denoiser.prepare(1, shape[3:], past + 2 * size)
+        denoiser.set_prompt(context)
+        args.prepared[id(session)] = True
+    x = gaussian(shape, 0, 0, 0)
+    begin = perf_counter()
+    flow = denoiser.denoise(x, 1000.0, range(past, past + size), past)
+    ms = 1e3 * (perf_counter() - begin)
+    return [ms, ms, ms], flow.copy()
+
+
 def play(session: Session, context: Any, args: argparse.Namespace) -> tuple[list[float], Any]:
     """One video: (ms in all, until the first frame and of the last pass; its latents)."""
     frames = args.blocks * session.manifest.cache.block_frames
@@ -74,18 +92,19 @@ def compare(
     tick: Callable[[], None],
 ) -> list[dict[str, Any]]:
     """Rounds in which every contender makes the video once; one row each, the reference first."""
+    one = run_pass if args.passes else play
     latents = {}
     for contender in contenders:
         for _ in range(args.warmup):
-            latents[contender.name] = play(contender.session, context, args)[1]
+            latents[contender.name] = one(contender.session, context, args)[1]
             tick()
     taken: dict[str, list[list[float]]] = {c.name: [] for c in contenders}
     for turn in range(args.rounds):
         # Nobody always follows the same neighbour.
         for i in np.random.default_rng(turn).permutation(len(contenders)):
-            # The one before leaves its data in the caches and its threads awake: one video to settle.
-            play(contenders[i].session, context, args)
-            ms, _ = play(contenders[i].session, context, args)
+            # The one before leaves its data in the caches and its threads awake: once to settle.
+            one(contenders[i].session, context, args)
+            ms, _ = one(contenders[i].session, context, args)
             taken[contenders[i].name].append(ms)
             tick()
     rows = []
@@ -125,12 +144,17 @@ def _gain(ratio: dict[str, float] | None) -> str:
 def markdown(report: dict[str, Any]) -> str:
     """The report for a reader."""
     machine, plan = report["machine"], report["plan"]
+    what = (
+        "One pass behind a full window"
+        if report["passes"]
+        else f"One video of {report['blocks']} blocks, {plan['first_steps']} steps for the first and "
+        f"{plan['steps']} for later ones, decoded"
+    )
     lines = [
         f"# {report['name']} against PyTorch",
         "",
-        f"One video of {report['blocks']} blocks, {plan['first_steps']} steps for the first and "
-        f"{plan['steps']} for later ones, decoded; all ways in turns, {report['rounds']} rounds. Error is "
-        f"the relative L2 distance of the latents from those of {REFERENCE}.",
+        f"{what}; all ways in turns, {report['rounds']} rounds. Error is the relative L2 distance of the "
+        f"result from that of {REFERENCE}.",
         "",
         "| way | video, ms (quartiles) | first frame, ms | last pass, ms | error | ours is faster by the "
         "video (quartiles) | by the pass |",
@@ -189,7 +213,7 @@ def make_report(args: argparse.Namespace) -> dict[str, Any]:
                 )
             name = f"asd-rt {manifest.precision}"
             contenders.append(Contender(name, Session(ours.engine, join=False)))
-            if ours.engine.denoiser.can_join:
+            if ours.engine.denoiser.can_join and not args.passes:
                 contenders.append(Contender(f"{name}, joined", Session(ours.engine, join=True)))
         torch.set_num_threads(args.threads or usable_cores())
         for way in reversed(WAYS):
@@ -215,6 +239,7 @@ def make_report(args: argparse.Namespace) -> dict[str, Any]:
         "versions": timing.versions() | {"torch": torch.__version__},
         "command": "python -m benchmarks.compare " + " ".join(args.given),
         "plan": {"steps": args.steps, "first_steps": args.first_steps},
+        "passes": args.passes,
         "blocks": args.blocks,
         "rounds": args.rounds,
         "rows": rows,
@@ -260,6 +285,9 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--first-steps", type=int, default=4)
     result.add_argument("--warmup", type=int, default=2, help="videos of each way before measuring")
     result.add_argument("--rounds", type=int, default=30, help="measured videos of each way")
+    result.add_argument(
+        "--passes", action="store_true", help="single passes behind a full window, not videos"
+    )
     result.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     return result
 
@@ -267,6 +295,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     args = parser().parse_args(argv)
+    args.prepared = {}
     args.given = list(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:

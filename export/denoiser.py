@@ -71,10 +71,12 @@ def turn(x: Tensor, rope: tuple[Tensor, Tensor], heads: int, fused: bool) -> Ten
     cos, sin = (table.unsqueeze(0) for table in rope)
     if fused:
         return ops.rotary_embedding(x, cos, sin, interleaved=True, num_heads=heads)
-    shape, x = x.shape, split_heads(x, heads)
-    cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
-    even, odd = x[..., 0::2], x[..., 1::2]
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).view(shape)
+    # Pairs (a, b) become (-b, a) by a small matrix product: far quicker than taking channels apart.
+    size = x.shape[-1] // heads
+    swap = torch.kron(torch.eye(size // 2), torch.tensor([[0.0, 1.0], [-1.0, 0.0]]))
+    cos, sin = (table.repeat_interleave(2, dim=-1).unsqueeze(2) for table in (cos, sin))
+    y = split_heads(x, heads)
+    return (y * cos + (y @ swap) * sin).view(x.shape)
 
 
 class SelfAttentionPart(nn.Module):

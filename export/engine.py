@@ -26,7 +26,7 @@ from asd_rt.manifest import (
 )
 from export.onnx import dtype_name, export_part, serialize
 from export.parity import measure
-from export.parts import PartModule, TensorShape, engine_parts
+from export.parts import LOWERINGS, PartModule, TensorShape, engine_parts
 from export.settings import Settings, make_manifest
 from export.tensorrt import build_plan, import_tensorrt, profile_ranges
 from export.weights import share_weights
@@ -47,6 +47,13 @@ class Target:
     def file(self) -> str:
         """Name of the engine file."""
         return f"asd_{self.precision}{self.suffix}"
+
+    @property
+    def runtime(self) -> str:
+        """What runs the passes: onnxruntime, its provider openvino, or tensorrt."""
+        if self.backend != "onnx":
+            return "tensorrt"
+        return "openvino" if self.precision == "bf16" else "onnxruntime"
 
     @property
     def suffix(self) -> str:
@@ -109,16 +116,16 @@ _NO_PARTS = {name: Part(name, "0" * 64, 0) for name in ("denoiser", "time", "pro
 def _fill(scratch: Path, checkpoint: Checkpoint, settings: Settings, target: Target) -> Manifest:
     """Export, gate and, for a plan, compile every part into `scratch`; returns the manifest."""
     model = checkpoint.build_model()
-    fused = target.backend == "onnx"
-    modules = engine_parts(checkpoint, model, target.precision, settings.latent_hw, fused)
+    lowering = LOWERINGS[target.runtime]
+    modules = engine_parts(checkpoint, model, target.precision, settings.latent_hw, lowering)
     graphs: dict[str, onnx.ModelProto] = {}
     for name, module in modules.items():
         began = perf_counter()
-        graphs[name] = export_part(name, module)
+        graphs[name] = export_part(name, module, lowering.opset)
         log.info("  %-9s exported  %6.1f s", name, perf_counter() - began)
     stem = f"asd_{target.precision}"
     parts: dict[str, Part] = {}
-    if fused:
+    if target.backend == "onnx":
         file = scratch / f"{stem}.weights"
         share_weights(graphs.values(), file)
         parts["weights"] = Part(file.name, sha256_file(file), file.stat().st_size)

@@ -33,6 +33,29 @@ class PartModule:
     outputs: Mapping[str, TensorShape]
 
 
+@dataclass(frozen=True, slots=True)
+class Lowering:
+    """How graphs are written for what runs them.
+
+    Attributes:
+        opset: of ONNX.
+        fused: one operator each for attention, rotary positions and modulated norms, instead of plain ones.
+        joined: with a joined pass.
+    """
+
+    opset: int
+    fused: bool
+    joined: bool
+
+
+# OpenVINO leaves fused operators to others, and finds them again in plain ones. TensorRT fuses attention from
+# opset 23.
+LOWERINGS = {
+    "onnxruntime": Lowering(23, fused=True, joined=True),
+    "openvino": Lowering(18, fused=False, joined=True),
+    "tensorrt": Lowering(23, fused=False, joined=False),
+}
+
 TensorShape = tuple[torch.dtype, tuple[int | str, ...]]
 
 
@@ -65,7 +88,7 @@ def engine_parts(
     model: WanModel,
     precision: str,
     latent_hw: tuple[int, int] | None,
-    fused: bool,
+    lowering: Lowering,
 ) -> dict[str, PartModule]:
     """All parts of an engine, by name.
 
@@ -74,8 +97,7 @@ def engine_parts(
         model: `checkpoint.build_model()`.
         precision: fp32, fp16 or bf16.
         latent_hw: the one latent size of the engine, None = any.
-        fused: the target is ONNX Runtime, which has an operator for rotary positions and takes a mask;
-            TensorRT gets plain operators, and no joined pass.
+        lowering: one of LOWERINGS.
 
     Raises:
         ConfigError: another precision.
@@ -84,7 +106,7 @@ def engine_parts(
         raise ConfigError(
             f"precision {precision} cannot be exported yet; use {' or '.join(KV_TYPES)}"
         )
-    kv, f32 = KV_TYPES[precision], torch.float32
+    kv, f32, fused = KV_TYPES[precision], torch.float32, lowering.fused
     c = model.config
     height, width = latent_hw or ("h", "w")
     tokens, rows = "T", 6 * c.num_layers + 2
@@ -113,7 +135,7 @@ def engine_parts(
             layers("prompt", c.text_len),
         ),
     }
-    if fused:
+    if lowering.joined:
         mask: TensorShape = (torch.bool, (tokens, "S"))
         parts["joined"] = PartModule(
             JoinedPart(model, kv, fused), inputs((rows, "F", 1, c.dim), mask=mask), made

@@ -1,78 +1,149 @@
-"""The OpenVINO provider of ONNX Runtime, a plugin: how it is found, and the session options it wants.
+"""OpenVINO for the passes of a bf16 engine: bfloat16 where the processor can (AMX, AVX-512 BF16).
 
-It runs an engine in bfloat16 where the processor can (AMX, AVX-512 BF16), which plain ONNX Runtime cannot.
-Compiled models are kept on disk, so that an engine opens fast the second time.
+Its own runtime, not ONNX Runtime's plugin of it: that copies every input to memory of its own when it is
+bound, so a cache in place is not possible. `OpenVinoSession` has what the backend needs of an ONNX Runtime
+session. Keys and values cross its border in bfloat16, as they are computed: half the bytes, nothing to
+convert. numpy has no such type; here they are the upper halves of float32, as uint16. Compiled models are
+kept on disk, so that an engine opens fast the second time.
 """
 
 from __future__ import annotations
 
-import json
-from functools import cache
+import ctypes
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from asd_rt.errors import BackendError
-from asd_rt.files import cache_folder, replacing
+from asd_rt.files import cache_folder
+from asd_rt.manifest import Part
 
-PROVIDER = "OpenVINOExecutionProvider"
-INSTALL = "pip install onnxruntime-ep-openvino"
-_LIBRARY = "asd_rt_openvino"
+NAME = "OpenVINO"
+INSTALL = "pip install openvino"
+HALVED_PREFIXES = ("prompt_", "past_", "new_")
+_log = logging.getLogger(__name__)
 
 
-@cache
-def cpu_device(ort: Any) -> Any:
-    """The provider's CPU device; loads the plugin once a process.
+def import_openvino() -> ModuleType:
+    """The openvino module.
 
     Raises:
-        BackendError: the plugin is not installed, does not load, or sees no CPU it supports.
+        BackendError: it is not installed.
     """
     try:
-        import onnxruntime_ep_openvino as plugin
+        import openvino
     except ImportError as error:
         raise BackendError(
-            f"the OpenVINO provider of ONNX Runtime is not installed ({error}); {INSTALL}"
+            f"a bf16 engine runs on OpenVINO, which cannot be imported ({error}); {INSTALL}, or build the "
+            "engine with --precision fp32"
         ) from error
-    try:
-        ort.register_execution_provider_library(_LIBRARY, plugin.get_library_path())
-    except Exception as error:  # ONNX Runtime's exceptions share no base class
-        first_line = str(error).strip().splitlines()[0]
-        raise BackendError(
-            f"the OpenVINO provider cannot be loaded into ONNX Runtime {ort.__version__} ({first_line}); "
-            f"upgrade both: {INSTALL} --upgrade onnxruntime"
-        ) from error
-    for device in ort.get_ep_devices():
-        if device.ep_name == plugin.get_ep_name() and device.ep_metadata.get("ov_device") == "CPU":
-            return device
-    raise BackendError("the OpenVINO provider finds no processor that it supports")
+    module: ModuleType = openvino
+    return module
 
 
-def add_openvino(ort: Any, options: Any, precision: str, threads: int) -> None:
-    """Let a session of these options run on OpenVINO's CPU, all of it or not at all.
+def to_bf16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
+    """float32 to the nearest bfloat16, ties to even."""
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    return ((bits + np.uint32(0x7FFF) + ((bits >> 16) & np.uint32(1))) >> 16).astype(np.uint16)
 
-    Args:
-        ort: the onnxruntime module.
-        options: a SessionOptions.
-        precision: "bf16" or "f32", of matrix products and attention.
-        threads: of one session.
+
+def from_bf16(values: NDArray[np.uint16]) -> NDArray[np.float32]:
+    """bfloat16 to float32, exactly."""
+    return (values.astype(np.uint32) << 16).view(np.float32)
+
+
+class _Binding:
+    """Tensors of one inference request, each on memory that the caller owns."""
+
+    def __init__(self, openvino: ModuleType, request: Any) -> None:
+        self._openvino, self.request = openvino, request
+
+    def bind_input(
+        self, name: str, device: str, index: int, dtype: Any, shape: Sequence[int], address: int
+    ) -> None:
+        """Use the memory at `address`; arguments as of ONNX Runtime's IOBinding, uint16 for bfloat16."""
+        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        memory = (ctypes.c_uint8 * size).from_address(address)
+        array = np.frombuffer(memory, dtype=dtype).reshape(shape)
+        self.request.set_tensor(name, _tensor(self._openvino, array))
+
+    bind_output = bind_input
+
+
+def _tensor(openvino: ModuleType, array: NDArray[Any]) -> Any:
+    """A tensor on the memory of `array`; uint16 stands for bfloat16."""
+    if array.dtype == np.uint16:
+        return openvino.Tensor(array, list(array.shape), openvino.Type.bf16)
+    return openvino.Tensor(array, shared_memory=True)
+
+
+class OpenVinoSession:
+    """One graph, compiled for the CPU.
+
+    Raises:
+        BackendError: OpenVINO is not installed.
+        RuntimeError: it refuses the graph.
     """
-    device = cpu_device(ort)
-    settings: dict[str, str] = {
-        "INFERENCE_PRECISION_HINT": precision,
-        "INFERENCE_NUM_THREADS": str(threads),
-        "NUM_STREAMS": "1",
-    }
-    folder = cache_folder()
-    if folder is None:
-        raise BackendError(
-            "OpenVINO needs a folder for its settings and compiled models; set ASD_RT_CACHE to one that can "
-            "be written"
-        )
-    models = folder / "openvino"
-    models.mkdir(exist_ok=True)
-    settings["CACHE_DIR"] = str(models)
-    file = folder / f"openvino-{precision}-{threads}.json"
-    text = json.dumps({"CPU": settings})
-    if not file.is_file() or file.read_text() != text:
-        with replacing(file) as temporary:
-            temporary.write_text(text)
-    options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
-    options.add_provider_for_devices([device], {"load_config": str(file)})
+
+    def __init__(self, file: Path, part: Part, threads: int, sizes: Mapping[str, int]) -> None:
+        """Compile `file` for `threads`; `sizes` of the symbols in the shapes of `part` that are fixed."""
+        self._openvino = import_openvino()
+        core = self._openvino.Core()
+        folder = cache_folder()
+        if folder is not None:
+            core.set_property({"CACHE_DIR": str(folder / "openvino")})
+        model = core.read_model(str(file))
+        shapes = {
+            name: [sizes.get(n, -1) if isinstance(n, str) else n for n in spec.shape]
+            for name, spec in part.inputs.items()
+        }
+        model.reshape(shapes)
+        self._halved = {
+            name for name in (*part.inputs, *part.outputs) if name.startswith(HALVED_PREFIXES)
+        }
+        model = self._halve(model, part)
+        settings = {
+            "INFERENCE_PRECISION_HINT": "bf16",
+            "INFERENCE_NUM_THREADS": threads,
+            "PERFORMANCE_HINT": "LATENCY",
+        }
+        self._compiled = core.compile_model(model, "CPU", settings)
+
+    def _halve(self, model: Any, part: Part) -> Any:
+        """Let keys and values cross the border in bfloat16."""
+        bf16 = self._openvino.Type.bf16
+        ends = self._openvino.preprocess.PrePostProcessor(model)
+        for name in self._halved:
+            end = ends.input(name) if name in part.inputs else ends.output(name)
+            end.tensor().set_element_type(bf16)
+        return ends.build()
+
+    def io_binding(self) -> _Binding:
+        """A new inference request to bind memory to."""
+        return _Binding(self._openvino, self._compiled.create_infer_request())
+
+    def run_with_iobinding(self, binding: _Binding) -> None:
+        """One pass over bound memory."""
+        binding.request.infer()
+
+    def run(self, names: Sequence[str], feeds: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
+        """One pass over `feeds`; the outputs `names`."""
+        request = self._compiled.create_infer_request()
+        kept = {
+            name: to_bf16(array) if name in self._halved else np.ascontiguousarray(array)
+            for name, array in feeds.items()
+        }
+        for name, array in kept.items():
+            request.set_tensor(name, _tensor(self._openvino, array))
+        request.infer()
+        found = []
+        for name in names:
+            data = request.get_tensor(name).data
+            half = name in self._halved
+            found.append(from_bf16(data.view(np.uint16)) if half else np.array(data))
+        return found

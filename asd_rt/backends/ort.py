@@ -1,4 +1,7 @@
-"""ONNX Runtime backend: the sessions of an engine's parts. The denoiser's buffers: ort_denoiser.py."""
+"""ONNX Runtime backend: the sessions of an engine's parts. The denoiser's buffers: ort_denoiser.py.
+
+The passes of a bf16 engine, which ONNX Runtime cannot compute on a CPU, run on OpenVINO instead.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from asd_rt.backends import openvino
 from asd_rt.backends.base import FloatArray
+from asd_rt.backends.openvino import NAME, OpenVinoSession, import_openvino
 from asd_rt.backends.ort_denoiser import OrtDenoiser, run_errors
 from asd_rt.errors import BackendError, EngineError
-from asd_rt.machine import usable_cores
+from asd_rt.machine import instruction_sets, usable_cores
 from asd_rt.manifest import REBUILD, Manifest, TensorSpec, part_path
 
 CPU_PROVIDER = "CPUExecutionProvider"
@@ -24,7 +27,7 @@ _log = logging.getLogger(__name__)
 
 
 def open_engine(
-    path: Path, manifest: Manifest, threads: int | None = None, provider: str | None = None
+    path: Path, manifest: Manifest, threads: int | None = None, provider: str = CPU_PROVIDER
 ) -> OrtEngine:
     """Open an ONNX engine whose files have been verified.
 
@@ -32,8 +35,7 @@ def open_engine(
         path: the denoiser's file.
         manifest: of the engine.
         threads: for one operator; None = usable cores.
-        provider: execution provider of the denoiser; None = OpenVINO for a bf16 engine, ONNX Runtime's own
-            for others. It is this one or an error, never a silent fallback.
+        provider: execution provider, of ONNX Runtime; it is this one or an error, never a silent fallback.
 
     Raises:
         BackendError: onnxruntime or the provider is absent.
@@ -42,11 +44,15 @@ def open_engine(
     if threads is not None and (isinstance(threads, bool) or threads < 1):
         raise BackendError(f"threads must be a whole number >= 1, found {threads!r}")
     ort = _import_onnxruntime()
-    if provider is None:
-        provider = openvino.PROVIDER if manifest.precision == "bf16" else CPU_PROVIDER
-    if provider == openvino.PROVIDER:
-        openvino.cpu_device(ort)
-    elif provider not in ort.get_available_providers():
+    if manifest.precision == "bf16":
+        import_openvino()
+        if not {"amx_bf16", "avx512_bf16"} & set(instruction_sets()):
+            _log.warning(
+                "%s: this processor has no bfloat16 instructions, so a bf16 engine runs in float32, slowly; "
+                "an fp32 engine is faster here",
+                path,
+            )
+    if provider not in ort.get_available_providers():
         raise BackendError(
             f"this onnxruntime {ort.__version__} has no {provider}, only "
             f"{', '.join(ort.get_available_providers())}; for the CPU: {INSTALL}"
@@ -97,7 +103,8 @@ class OrtEngine:
         self._sessions: dict[tuple[str, tuple[int, ...]], Any] = {}
         self._closed = False
         # OpenVINO is faster at fixed sizes by a third. A window has few; without one they are too many.
-        self._fixes_sizes = provider == openvino.PROVIDER and bool(manifest.cache.window_frames)
+        self._on_openvino = manifest.precision == "bf16"
+        self._fixes_sizes = self._on_openvino and bool(manifest.cache.window_frames)
         for part in manifest.parts:
             late = ("encoder", "joined", "weights", *_PASSES[: self._fixes_sizes])
             if part not in late:
@@ -106,7 +113,8 @@ class OrtEngine:
 
     @property
     def device(self) -> str:
-        return f"{self.provider}, {self.threads} {'thread' if self.threads == 1 else 'threads'}"
+        name = f"{NAME} bf16" if self._on_openvino else self.provider
+        return f"{name}, {self.threads} {'thread' if self.threads == 1 else 'threads'}"
 
     def session(self, part: str, sizes: Mapping[str, int] | None = None) -> Any:
         """The onnxruntime session of `part`, created once.
@@ -125,34 +133,18 @@ class OrtEngine:
             self._sessions[key] = self._load(part, fixed)
         return self._sessions[key]
 
-    def _options(self, ort: Any, part: str, provider: str, fixed: Mapping[str, int]) -> Any:
-        options = ort.SessionOptions()
-        options.log_severity_level = 3
-        if provider == openvino.PROVIDER:
-            openvino.add_openvino(ort, options, "bf16", self.threads)
-            for symbol, size in fixed.items():
-                options.add_free_dimension_override_by_name(symbol, size)
-        else:
-            options.intra_op_num_threads = self.threads
-            options.inter_op_num_threads = 1
-            # Threads that wait actively between two calls of one part take the cores from another part:
-            # those of the passes wait within a call only, those of small parts never.
-            if part in _PASSES:
-                options.add_session_config_entry("session.force_spinning_stop", "1")
-            else:
-                options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        return options
-
     def _load(self, part: str, fixed: Mapping[str, int]) -> Any:
         if self._closed:
             raise BackendError(f"{self.path}: the engine is closed; open it again with asd_rt.open")
+        file, spec = part_path(self.path, self.manifest, part), self.manifest.parts[part]
         ort = _import_onnxruntime()
-        file = part_path(self.path, self.manifest, part)
-        provider = self.provider if part in _PASSES else CPU_PROVIDER
-        options = self._options(ort, part, provider, fixed)
         try:
-            providers = None if provider == openvino.PROVIDER else [provider]
-            session = ort.InferenceSession(str(file), options, providers=providers)
+            if self._on_openvino and part in _PASSES:
+                _log.info("compiling %s for %s", file, dict(fixed) or "any size")
+                return OpenVinoSession(file, spec, self.threads, fixed)
+            session = ort.InferenceSession(
+                str(file), self._options(ort, part), providers=[self.provider]
+            )
         except (
             Exception
         ) as error:  # its exceptions share no base class; none may reach the user raw
@@ -162,13 +154,12 @@ class OrtEngine:
                 f"build it again with: {REBUILD}"
             ) from error
         active = session.get_providers()
-        if active[:1] != [provider]:
+        if active[:1] != [self.provider]:
             raise BackendError(
-                f"{file}: asked for {provider}, got {', '.join(active)}; the provider's libraries are "
+                f"{file}: asked for {self.provider}, got {', '.join(active)}; the provider's libraries are "
                 f"missing or there is no such device"
             )
         session.disable_fallback()
-        spec = self.manifest.parts[part]
         for side, values, expected in (
             ("input", session.get_inputs(), spec.inputs),
             ("output", session.get_outputs(), spec.outputs),
@@ -177,6 +168,19 @@ class OrtEngine:
             _check_tensors(str(file), side, found, expected)
         _log.info("loaded %s (%s)", file, self.device)
         return session
+
+    def _options(self, ort: Any, part: str) -> Any:
+        options = ort.SessionOptions()
+        options.log_severity_level = 4  # what goes wrong is raised, and said once
+        options.intra_op_num_threads = self.threads
+        options.inter_op_num_threads = 1
+        # Threads that wait actively between two calls of one part take the cores from another part:
+        # those of the passes wait within a call only, those of small parts never.
+        if part in _PASSES:
+            options.add_session_config_entry("session.force_spinning_stop", "1")
+        else:
+            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        return options
 
     def run_part(self, part: str, output: str, **inputs: NDArray[Any]) -> NDArray[Any]:
         """Run a part with one output of interest."""

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from asd_rt.backends.base import FloatArray
+from asd_rt.backends.openvino import from_bf16, to_bf16
 from asd_rt.errors import BackendError, EngineError
 from asd_rt.kv_cache import Move, joined_mask
 from asd_rt.manifest import REBUILD, Manifest, manifest_path
@@ -31,6 +32,7 @@ def run_errors(what: str) -> Iterator[None]:
         state.RuntimeException,
         state.NotImplemented,
         state.EPFail,
+        RuntimeError,
     )
     try:
         yield
@@ -108,7 +110,9 @@ class OrtDenoiser:
                 f"{manifest_path(path)}: new_k.0 of the denoiser must be {' or '.join(_KV_DTYPES)} for "
                 f"ONNX Runtime, found {dtype}; build an fp32 engine: {REBUILD} --precision fp32"
             )
-        self._kv_dtype = _KV_DTYPES[dtype]
+        # OpenVINO keeps keys and values in bfloat16.
+        self._bf16 = manifest.precision == "bf16"
+        self._kv_dtype: Any = np.uint16 if self._bf16 else _KV_DTYPES[dtype]
         self._layers = range(manifest.model.num_layers)
         self._modulations: dict[float, FloatArray] = {}
         self._release_buffers()
@@ -154,7 +158,7 @@ class OrtDenoiser:
             with run_errors(f"{self._path}: prompt"):
                 results = session.run(list(self._prompt), {"context": one[None]})
             for buffer, result in zip(self._prompt.values(), results, strict=True):
-                buffer[item] = result[0]
+                buffer[item] = to_bf16(result[0]) if self._bf16 else result[0]
         self._has_prompt = True
 
     def denoise(
@@ -239,7 +243,9 @@ class OrtDenoiser:
         if count not in self._flows:
             shape = (batch, count, model.out_dim, rows, columns)
             self._flows[count] = np.zeros(shape, np.float32)
-        sizes = {"F": count, "T": own, "P": past, "S": past + own, "h": rows, "w": columns}
+        sizes = {"F": count, "T": own, "h": rows, "w": columns}
+        if past:  # OpenVINO takes no tensor whose size is fixed to nothing
+            sizes |= {"P": past, "S": past + own}
         one = _Pass(self._part_session(part, sizes), inputs, self._flows[count][item : item + 1])
         for name, buffer in self._prompt.items():
             one.bind_input(name, buffer[item : item + 1])
@@ -274,7 +280,8 @@ class OrtDenoiser:
         )
         heads = (self._model.num_heads, self._model.head_dim)
         keys, values = (
-            self._cache[f"{kind}.{layer}"][:, tokens].astype(np.float32) for kind in "kv"
+            from_bf16(held) if self._bf16 else held.astype(np.float32)
+            for held in (self._cache[f"{kind}.{layer}"][:, tokens] for kind in "kv")
         )
         return keys.reshape(*keys.shape[:2], *heads), values.reshape(*keys.shape[:2], *heads)
 

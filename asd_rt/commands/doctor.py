@@ -45,6 +45,7 @@ def execute(args: argparse.Namespace) -> Outcome:
         "versions": timing.versions(),
         "machine": _machine(problem),
         "onnxruntime": _onnxruntime(problem),
+        "openvino": _openvino(problem),
         "gpu": _gpu(problem),
         "engines": _engines(problem),
     }
@@ -96,6 +97,21 @@ def _onnxruntime(problem: Any) -> dict[str, Any]:
     except (ImportError, AttributeError) as error:
         problem(f"ONNX Runtime cannot be imported ({error})", INSTALL_CPU)
         return {"version": None, "providers": []}
+
+
+def _openvino(problem: Any) -> dict[str, Any]:
+    """What computes the passes of bf16 engines, and in which type this processor does."""
+    version = _version("openvino")
+    fast = [name for name in machine.instruction_sets() if name in ("amx_bf16", "avx512_bf16")]
+    needed = any(path.stem.endswith("bf16") for path in list_engines(ENGINES_DIR))
+    if version is None and needed:
+        problem(f"./{ENGINES_DIR} has a bf16 engine, but OpenVINO is not installed", INSTALL_CPU)
+    if version is not None and needed and not fast:
+        problem(
+            "this processor has no bfloat16 instructions: bf16 engines run in float32, slowly",
+            "use an fp32 engine",
+        )
+    return {"version": version, "bf16_with": fast}
 
 
 def _gpu(problem: Any) -> dict[str, Any]:
@@ -170,6 +186,11 @@ def _text(document: dict[str, Any]) -> str:
         (
             "ONNX Runtime",
             f"{runtime['version'] or 'absent'}; providers: {providers}",
+        ),
+        (
+            "OpenVINO",
+            f"{document['openvino']['version'] or 'absent'}; bfloat16 by "
+            f"{', '.join(document['openvino']['bf16_with']) or 'nothing here'}",
         ),
         (
             "NVIDIA",

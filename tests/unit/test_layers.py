@@ -12,7 +12,7 @@ import pytest
 LAYERS = ("asd_rt", "train", "export", "benchmarks", "tests")
 # What the runtime may import besides the standard library. The backends are optional.
 RUNTIME = {"asd_rt", "numpy", "safetensors", "av"}
-BACKENDS = {"onnxruntime", "onnxruntime_ep_openvino", "tensorrt", "tensorrt_rtx", "cuda"}
+BACKENDS = {"onnxruntime", "openvino", "tensorrt", "tensorrt_rtx", "cuda"}
 
 
 def imported(path: Path) -> set[str]:

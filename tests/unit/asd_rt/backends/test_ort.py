@@ -8,13 +8,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from asd_rt.backends import openvino, ort
+from asd_rt.backends import ort
 from asd_rt.backends.base import open_backend
 from asd_rt.errors import BackendError, EngineError
 from asd_rt.kv_cache import Move
 from asd_rt.machine import usable_cores
 from asd_rt.manifest import Part, TensorSpec, sha256_file
 from asd_rt.noise import gaussian
+from asd_rt.plan import ListedPlan
 from asd_rt.session import Session
 
 
@@ -176,12 +177,35 @@ def test_a_toy_has_no_joined_pass(toy) -> None:
         Session(open_backend(toy.path, threads=1), join=True)
 
 
-def test_a_bf16_engine_needs_openvino(toy, respell, monkeypatch) -> None:
-    monkeypatch.setitem(sys.modules, "onnxruntime_ep_openvino", None)
-    openvino.cpu_device.cache_clear()
-    with pytest.raises(BackendError, match="pip install onnxruntime-ep-openvino") as error:
+def test_a_bf16_engine_needs_openvino(toy, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(BackendError, match="pip install openvino") as error:
         ort.open_engine(toy.path, replace(toy.manifest, precision="bf16"))
     assert "\n" not in str(error.value)
+
+
+def test_a_processor_without_bfloat16_is_told(toy, monkeypatch, caplog) -> None:
+    pytest.importorskip("openvino")
+    monkeypatch.setattr(ort, "instruction_sets", lambda: ["avx2"])
+    ort.open_engine(toy.path, replace(toy.manifest, precision="bf16"))
+    assert "no bfloat16 instructions" in caplog.text
+
+
+def test_the_loop_on_openvino(toy) -> None:
+    """The toy's passes in bfloat16, at fixed sizes and, for the empty cache, an open one."""
+    pytest.importorskip("openvino")
+    engine = ort.open_engine(toy.path, replace(toy.manifest, precision="bf16"), threads=1)
+    assert engine.device == "OpenVINO bf16, 1 thread"
+    exact = ort.open_engine(toy.path, toy.manifest, threads=1)
+    noise, context = gaussian((2, 12, 2, 4, 2), 0, 0, 0), gaussian((2, 3, 3), 1, 0, 0)
+    found, expected = (
+        Session(e).replay(noise, context, plan=ListedPlan((2, 1)), dump_cache=True)
+        for e in (engine, exact)
+    )
+    np.testing.assert_allclose(found.latents, expected.latents, rtol=0.05, atol=0.05)
+    assert not np.array_equal(found.latents, expected.latents)  # bfloat16 did it
+    for name, tensor in expected.cache.items():
+        np.testing.assert_allclose(found.cache[name], tensor, rtol=0.05, atol=0.1)
 
 
 def test_before_prepare(toy) -> None:
