@@ -1,7 +1,8 @@
 """Whether a joined pass is faster here than the two passes it replaces: measured once, then remembered.
 
 Both ways give the same video but for rounding. So that the same seed gives the very same bits in every run on
-a machine, the answer is kept on disk, by engine and device, and not measured again.
+a machine, the answer is kept on disk, by engine and device, and not measured again. Where it cannot be kept,
+passes stay separate: a measurement could come out otherwise the next time.
 """
 
 from __future__ import annotations
@@ -37,13 +38,15 @@ def joining_is_faster(engine: Engine, shape: tuple[int, int, int, int, int]) -> 
         return False
     key = f"{engine.device}, batch {shape[0]}, latents {shape[3]}x{shape[4]}"
     file = _file(manifest)
+    if file is None:
+        return False
     known = _read(file)
     if key not in known:
         separate, joined = measure(engine.denoiser, manifest, shape)
         _log.info("two passes %.2f ms, joined %.2f ms", separate * 1e3, joined * 1e3)
         known[key] = {"separate_ms": separate * 1e3, "joined_ms": joined * 1e3}
-        if file is not None:
-            _write(file, known)
+        if not _write(file, known):
+            return False
     return known[key]["separate_ms"] > MIN_GAIN * known[key]["joined_ms"]
 
 
@@ -92,10 +95,10 @@ def _file(manifest: Manifest) -> Path | None:
     return folder / f"joining-{hashlib.sha256(parts.encode()).hexdigest()[:16]}.json"
 
 
-def _read(file: Path | None) -> dict[str, dict[str, float]]:
+def _read(file: Path) -> dict[str, dict[str, float]]:
     """What is remembered; nothing where the file is absent or not ours to read."""
     try:
-        found = {} if file is None else json.loads(file.read_text())
+        found = json.loads(file.read_text())
         return {
             key: {name: float(entry[name]) for name in ("separate_ms", "joined_ms")}
             for key, entry in found.items()
@@ -104,9 +107,11 @@ def _read(file: Path | None) -> dict[str, dict[str, float]]:
         return {}
 
 
-def _write(file: Path, known: dict[str, dict[str, float]]) -> None:
+def _write(file: Path, known: dict[str, dict[str, float]]) -> bool:
     try:
         with replacing(file) as temporary:
             temporary.write_text(json.dumps(known, indent=1) + "\n")
     except OutputError as error:
-        _log.warning("%s: cannot be written (%s); the choice will be measured again", file, error)
+        _log.warning("passes are not joined, for that choice cannot be kept: %s", error)
+        return False
+    return True

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -20,6 +20,7 @@ from asd_rt.arguments import (
 )
 from asd_rt.backends.base import Engine, open_backend
 from asd_rt.costs import CostModel
+from asd_rt.deadline import DeadlinePlan
 from asd_rt.engines import best_engine
 from asd_rt.errors import BackendError, ConfigError
 from asd_rt.frame_loop import Block, FrameLoop, Request
@@ -175,21 +176,24 @@ class Session:
         shape = (context.shape[0], total, manifest.model.in_dim, rows, columns)
         plan = make_plan(manifest, steps, first_steps, deadline_ms, self._costs)
         request = Request(context=context, shape=shape, plan=plan, seed=check_seed(seed))
-        join = self._asked_join
-        if join is None:
-            join = joining_is_faster(self._engine, shape)
-        loop = self._loop(request, join)
-        decodes = "decoder" in manifest.parts and len(context) == 1
-        if deadline_ms is not None and self._costs.share("joined" if join else "pass", 0) is None:
-            learn_costs(self._engine, self._costs, shape, join, decodes)
-        return self._finished(loop, request.plan, decodes)
+        self._loop(request, join=False)  # finds all that is wrong with the request
+        return self._stream(request, "decoder" in manifest.parts and len(context) == 1)
 
-    def _finished(self, blocks: Iterable[Block], plan: Plan, decodes: bool) -> Iterator[Block]:
-        """Decode blocks as they come, and settle with the plan what they took."""
+    def _stream(self, request: Request, decodes: bool) -> Iterator[Block]:
+        """Decode blocks as they come, and settle with the plan what they took.
+
+        What is not known yet of this machine is measured first.
+        """
         from asd_rt.video import to_uint8
 
+        plan, join = request.plan, self._asked_join
+        if join is None:
+            join = joining_is_faster(self._engine, request.shape)
+        unknown = self._costs.share("joined" if join else "pass", 0) is None
+        if unknown and isinstance(plan, DeadlinePlan):
+            learn_costs(self._engine, self._costs, request.shape, join, decodes)
         before: Block | None = None
-        for number, block in enumerate(blocks):
+        for number, block in enumerate(self._loop(request, join)):
             if decodes:
                 begin = perf_counter()
                 block.frames = to_uint8(self._engine.decode(block.latents), 1)

@@ -137,9 +137,9 @@ class OrtEngine:
         if self._closed:
             raise BackendError(f"{self.path}: the engine is closed; open it again with asd_rt.open")
         file, spec = part_path(self.path, self.manifest, part), self.manifest.parts[part]
-        ort = _import_onnxruntime()
+        ort, on_openvino = _import_onnxruntime(), self._on_openvino and part in _PASSES
         try:
-            if self._on_openvino and part in _PASSES:
+            if on_openvino:
                 _log.info("compiling %s for %s", file, dict(fixed) or "any size")
                 return OpenVinoSession(file, spec, self.threads, fixed)
             session = ort.InferenceSession(
@@ -149,9 +149,10 @@ class OrtEngine:
             Exception
         ) as error:  # its exceptions share no base class; none may reach the user raw
             first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+            runtime = NAME if on_openvino else f"ONNX Runtime {ort.__version__}"
             raise EngineError(
-                f"{file}: ONNX Runtime {ort.__version__} cannot load the {part} part ({first_line}); "
-                f"build it again with: {REBUILD}"
+                f"{file}: {runtime} cannot load the {part} part ({first_line}); build it again with: "
+                f"{REBUILD}"
             ) from error
         active = session.get_providers()
         if active[:1] != [self.provider]:

@@ -59,8 +59,18 @@ def test_the_answer_is_remembered(toy, network, monkeypatch, folder, seconds, an
 
 def test_without_a_place_to_remember(toy, network, monkeypatch) -> None:
     monkeypatch.setattr(joining, "cache_folder", lambda: None)
+    monkeypatch.setattr(joining, "measure", lambda *a: pytest.fail("measured"))
+    assert not joining.joining_is_faster(Engine(toy, network), SHAPE)
+
+
+def test_an_answer_that_cannot_be_kept_is_not_taken(toy, network, monkeypatch, caplog) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
     monkeypatch.setattr(joining, "measure", lambda *a: (2.0, 1.0))
-    assert joining.joining_is_faster(Engine(toy, network), SHAPE)
+    monkeypatch.setattr("os.replace", full)
+    assert not joining.joining_is_faster(Engine(toy, network), SHAPE)
+    assert "No space left" in caplog.text
 
 
 def test_an_engine_that_cannot_join_is_not_measured(toy, network, monkeypatch) -> None:
