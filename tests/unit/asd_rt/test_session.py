@@ -72,6 +72,18 @@ def test_arguments_are_refused_at_once(session, arguments, error, message) -> No
         session.generate(**({"prompt": PROMPT} | arguments))
 
 
+def test_nothing_is_measured_before_a_block_is_asked_for(session, monkeypatch) -> None:
+    measured: list[str] = []
+    monkeypatch.setattr(
+        "asd_rt.session.joining_is_faster", lambda *_: measured.append("joining") or False
+    )
+    monkeypatch.setattr("asd_rt.session.learn_costs", lambda *_: measured.append("costs"))
+    blocks = session.generate("red three", frames=4, deadline_ms=1000.0)
+    assert not measured
+    assert next(blocks).deadline.budget_ms == 4000
+    assert measured == ["joining", "costs"]
+
+
 def test_replay_equals_generate(session) -> None:
     blocks = list(session.generate(PROMPT, seed=9, frames=6))
     noise = np.concatenate([gaussian((1, 2, 2, 4, 2), 9, b, 0) for b in range(3)], axis=1)
