@@ -20,7 +20,7 @@ from asd_rt.costs import Kind
 from asd_rt.deadline import BlockReport
 from asd_rt.errors import ConfigError
 from asd_rt.kv_cache import FrameSlots
-from asd_rt.noise import gaussian
+from asd_rt.noise import NoiseAhead
 from asd_rt.plan import Plan
 from asd_rt.schedule import Schedule, Step, add_noise, flow_to_x0
 
@@ -139,6 +139,11 @@ class FrameLoop:
         self._context = pad_context(request.context, text_len)
         self._join = join
         self.slots = FrameSlots(cache, request.shape[1])
+        batch, frames, *rest = request.shape
+        size = cache.block_frames
+        first = 0 if request.initial is None else request.initial.shape[1] // size
+        shape = (batch, size, *rest)
+        self._ahead = NoiseAhead(shape, request.seed, first, frames // size - 1)
 
     def __iter__(self) -> Iterator[Block]:
         request, denoiser, slots = self._request, self._denoiser, self.slots
@@ -197,12 +202,12 @@ class FrameLoop:
         `due` is the block before where its cache pass is to be joined with the first of these.
         """
         plan, slots = self._request.plan, self.slots
-        steps = self._schedule.steps(count)
-        x = self._first_noise(index)
-        x0, pass_ms = x, []
+        steps, noise = self._schedule.steps(count), self._noise(index, count)
+        x = x0 = noise[0]
+        pass_ms = []
         for i, step in enumerate(steps):
             if i:
-                x = add_noise(x0, self._fresh_noise(index, i - 1), step.sigma)
+                x = add_noise(x0, noise[i], step.sigma)
             kind: Kind = "pass"
             begin = perf_counter()
             if due is None or i:
@@ -237,21 +242,16 @@ class FrameLoop:
         )
         self.slots.commit()
 
-    def _block_shape(self) -> tuple[int, ...]:
-        batch, _, *rest = self._request.shape
-        return (batch, self.slots.block_frames, *rest)
-
-    def _first_noise(self, index: int) -> FloatArray:
-        noise, size = self._request.noise, self.slots.block_frames
-        if noise is not None:
-            return noise[:, index * size : (index + 1) * size]
-        return gaussian(self._block_shape(), self._request.seed, index, 0)
-
-    def _fresh_noise(self, index: int, after_step: int) -> FloatArray:
-        given = self._request.renoise.get((index, after_step))
-        if given is not None:
-            return given
-        return gaussian(self._block_shape(), self._request.seed, index, after_step + 1)
+    def _noise(self, index: int, count: int) -> list[FloatArray]:
+        """Noise of block `index` before each of its `count` steps: what was given, the rest drawn."""
+        request, size = self._request, self.slots.block_frames
+        given = [request.renoise.get((index, step)) for step in range(count - 1)]
+        first = None
+        if request.noise is not None:
+            first = request.noise[:, index * size : (index + 1) * size]
+        found = dict(enumerate([first, *given]))
+        found |= self._ahead.draw(index, [step for step, noise in found.items() if noise is None])
+        return [noise for noise in found.values() if noise is not None]
 
 
 def pad_context(context: FloatArray, text_len: int) -> FloatArray:

@@ -40,12 +40,17 @@ def to_uint8(frames: NDArray[np.float32], scale: int = 1) -> NDArray[np.uint8]:
     """
     if frames.ndim != 5 or frames.shape[0] != 1 or frames.shape[2] != 3:
         raise BackendError(f"decoded frames must be [1, F, 3, H, W], found {list(frames.shape)}")
-    if not np.isfinite(frames.sum(dtype=np.float64)):
+    low, high = frames.min(), frames.max()
+    if not (np.isfinite(low) and np.isfinite(high)):  # nan is the minimum of all that holds one
         raise BackendError(
             "the decoder gave values that are not finite (inf or nan); build the engine again with "
             "--precision fp32"
         )
-    levels = np.rint((np.clip(frames[0], -1.0, 1.0) + np.float32(1)) * np.float32(127.5))
+    levels = frames[0] + np.float32(1)
+    levels *= np.float32(127.5)
+    np.rint(levels, out=levels)
+    if low < -1 or high > 1:
+        np.clip(levels, 0, 255, out=levels)
     return enlarge(np.ascontiguousarray(np.moveaxis(levels.astype(np.uint8), 1, -1)), scale)
 
 

@@ -12,7 +12,7 @@ and (`fused`) one operator each for attention, rotary positions and modulated no
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import pi
 from typing import Any, cast
 
@@ -97,14 +97,14 @@ class SelfAttentionPart(nn.Module):
         past: Sequence[Tensor],
         mask: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """y [1, T, dim] -> (projected, own keys, own values), all [1, T, dim]."""
+        """y [1, T, dim] -> (attended, own keys, own values), all [1, T, dim]."""
         q, k, v = self.qkv(y).split(y.shape[-1], dim=-1)
         q, k = (
             turn(norm(x), rope, self.heads, self.fused).to(self.dtype)
             for norm, x in ((self.norm_q, q), (self.norm_k, k))
         )
         held = [torch.cat([before, own], dim=1) for before, own in zip(past, (k, v), strict=True)]
-        return self.o(attend(q, held[0], held[1], self.heads, self.fused, mask)), k, v
+        return attend(q, held[0], held[1], self.heads, self.fused, mask), k, v
 
 
 class CrossAttentionPart(nn.Module):
@@ -119,8 +119,7 @@ class CrossAttentionPart(nn.Module):
     def forward(self, y: Tensor, prompt: Sequence[Tensor]) -> Tensor:
         """y [1, T, dim] over prompt keys and values [1, L, dim] -> [1, T, dim]."""
         q = self.norm_q(self.q(y)).to(self.dtype)
-        projected: Tensor = self.o(attend(q, prompt[0], prompt[1], self.heads, self.fused))
-        return projected
+        return attend(q, prompt[0], prompt[1], self.heads, self.fused)
 
 
 class PromptKeyValue(nn.Module):
@@ -137,40 +136,43 @@ class PromptKeyValue(nn.Module):
         return self.norm_k(self.k(y)).to(self.dtype), self.v(y)
 
 
-class Modulation:
-    """Shifts, scales and gates of one layer, for all tokens alike or frame by frame.
+class Residual:
+    """The residual stream, float32 [1, T, dim]: norms of it are taken, and what branches give is added.
 
-    Rows are [1, dim], or [1, F, 1, dim] in a joined pass, whose tokens are then seen as [1, F, S, dim].
+    Rows of scales, shifts and gates are [dim], or [1, F, 1, dim] in a joined pass, whose tokens are then
+    seen as [1, F, S, dim].
     """
 
-    def __init__(self, rows: Sequence[Tensor], fused: bool) -> None:
-        self.rows, self.fused = rows, fused
+    def __init__(self, x: Tensor, eps: float, fused: bool) -> None:
+        self.x, self.eps, self.fused = x, eps, fused
 
-    def norm(self, x: Tensor, shift: int, eps: float) -> Tensor:
-        """LayerNorm of x [1, T, dim] without weights, times the scale in row shift + 1, plus row `shift`."""
-        move, scale = self.rows[shift], self.rows[shift + 1]
-        if move.ndim == 2 and self.fused:  # one operator
-            attributes: dict[str, Any] = {"axis": -1, "epsilon": eps}
-            return ops.symbolic("LayerNormalization", (x, scale, move), attributes, dtype=x.dtype,
+    def norm(self, shift: Tensor, scale: Tensor) -> Tensor:
+        """LayerNorm of the stream, times `scale`, plus `shift`."""
+        x = self.x
+        if self.fused and scale.ndim == 1:  # one operator
+            attributes: dict[str, Any] = {"axis": -1, "epsilon": self.eps}
+            return ops.symbolic("LayerNormalization", (x, scale, shift), attributes, dtype=x.dtype,
                                 shape=x.shape, version=17)  # fmt: skip
-        y = F.layer_norm(x, x.shape[-1:], eps=eps)
-        return (self._frames(y) * scale + move).view(x.shape)
+        y = F.layer_norm(x, x.shape[-1:], eps=self.eps)
+        return self._by_row(torch.add, self._by_row(torch.mul, y, scale), shift)
 
-    def gate(self, x: Tensor, row: int) -> Tensor:
-        """x [1, T, dim] times `row`."""
-        return (self._frames(x) * self.rows[row]).view(x.shape)
+    def add(self, branch: Tensor, gate: Tensor | None = None) -> None:
+        """Add what a branch gives, times `gate` where there is one."""
+        y = branch.float()
+        self.x = self.x + (y if gate is None else self._by_row(torch.mul, y, gate))
 
-    def _frames(self, x: Tensor) -> Tensor:
-        row = self.rows[0]
-        return x if row.ndim == 2 else x.view(1, row.shape[1], -1, x.shape[-1])
+    @staticmethod
+    def _by_row(function: Callable[[Tensor, Tensor], Tensor], x: Tensor, row: Tensor) -> Tensor:
+        if row.ndim == 1:
+            return function(x, row)
+        return function(x.view(1, row.shape[1], -1, x.shape[-1]), row).view(x.shape)
 
 
 class BlockPart(nn.Module):
-    """One transformer block; the residual stream x [1, T, dim] is float32 throughout."""
+    """One transformer block."""
 
     def __init__(self, source: Block, dtype: torch.dtype, fused: bool) -> None:
         super().__init__()
-        self.eps = source.eps
         self.self_attn = SelfAttentionPart(source.self_attn, dtype, fused)
         self.cross_attn = CrossAttentionPart(source.cross_attn, dtype, fused)
         self.norm3 = source.norm3
@@ -178,19 +180,22 @@ class BlockPart(nn.Module):
 
     def forward(
         self,
-        x: Tensor,
-        modulation: Modulation,
+        stream: Residual,
+        modulation: Sequence[Tensor],
         rope: tuple[Tensor, Tensor],
         prompt: Sequence[Tensor],
         past: Sequence[Tensor],
         mask: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns (x, this pass's keys, values), the latter two [1, T, dim] in the KV dtype."""
-        out, k, v = self.self_attn(modulation.norm(x, 0, self.eps), rope, past, mask)
-        x = x + modulation.gate(out.float(), 2)
-        x = x + self.cross_attn(self.norm3(x), prompt).float()
-        y = F.gelu(self.up(modulation.norm(x, 3, self.eps)), approximate="tanh")
-        return x + modulation.gate(self.down(y).float(), 5), k, v
+    ) -> tuple[Tensor, Tensor]:
+        """Returns this pass's keys and values, [1, T, dim] in the KV dtype; `stream` goes on."""
+        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = modulation
+        out, k, v = self.self_attn(stream.norm(shift, scale), rope, past, mask)
+        stream.add(self.self_attn.o(out), gate)
+        out = self.cross_attn(stream.norm(self.norm3.bias, self.norm3.weight), prompt)
+        stream.add(self.cross_attn.o(out))
+        y = F.gelu(self.up(stream.norm(ffn_shift, ffn_scale)), approximate="tanh")
+        stream.add(self.down(y), ffn_gate)
+        return k, v
 
 
 class DenoiserPart(nn.Module):
@@ -234,14 +239,15 @@ class DenoiserPart(nn.Module):
         rows, columns = height // 2, width // 2
         x = latents.reshape(frames, channels, rows, 2, columns, 2).permute(0, 2, 4, 1, 3, 5)
         x = self.patch(x.reshape(1, frames * rows * columns, channels * 4))
-        m = torch.split(modulation, 1)
+        by_frame = modulation.ndim > 2
+        dim = modulation.shape[-1]
+        m = torch.split(modulation, 1) if by_frame else torch.split(modulation.flatten(), dim)
+        stream = Residual(x, self.eps, self.fused)
         new: list[Tensor] = []
         for i, block in enumerate(self.blocks):
             pair = slice(2 * i, 2 * i + 2)
-            own = Modulation(m[6 * i : 6 * i + 6], self.fused)
-            x, k, v = block(x, own, rope, prompt[pair], past[pair], mask)
-            new += [k, v]
-        x = self.head(Modulation(m[-2:], self.fused).norm(x, 0, self.eps))
+            new += block(stream, m[6 * i : 6 * i + 6], rope, prompt[pair], past[pair], mask)
+        x = self.head(stream.norm(*m[-2:]))
         x = x.view(frames, rows, columns, 2, 2, -1).permute(0, 5, 1, 3, 2, 4)
         return x.reshape(1, frames, -1, height, width), *new
 

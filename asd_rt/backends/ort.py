@@ -22,6 +22,7 @@ from asd_rt.manifest import REBUILD, Manifest, TensorSpec, part_path
 
 CPU_PROVIDER = "CPUExecutionProvider"
 INSTALL = "pip install 'asd-rt[cpu]'"
+SMALL_BYTES = 16 << 20  # of an engine's weights
 _PASSES = ("denoiser", "joined")  # the parts that run all the time
 _log = logging.getLogger(__name__)
 
@@ -102,6 +103,8 @@ class OrtEngine:
         self.provider = provider
         self._sessions: dict[tuple[str, tuple[int, ...]], Any] = {}
         self._closed = False
+        weights = part_path(path, manifest, "weights") if "weights" in manifest.parts else path
+        self._is_small = weights.stat().st_size < SMALL_BYTES
         # OpenVINO is faster at fixed sizes by a third. A window has few; without one they are too many.
         self._on_openvino = manifest.precision == "bf16"
         self._fixes_sizes = self._on_openvino and bool(manifest.cache.window_frames)
@@ -181,6 +184,8 @@ class OrtEngine:
             options.add_session_config_entry("session.force_spinning_stop", "1")
         else:
             options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+            if self._is_small:  # to wake threads takes longer than the part
+                options.intra_op_num_threads = 1
         return options
 
     def run_part(self, part: str, output: str, **inputs: NDArray[Any]) -> NDArray[Any]:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asd_rt.errors import ConfigError
-from asd_rt.noise import MAX_SEED, check_seed, gaussian
+from asd_rt.noise import AHEAD_VALUES, MAX_SEED, NoiseAhead, check_seed, gaussian
 
 KEYS = st.tuples(st.integers(0, MAX_SEED), st.integers(0, 2**40), st.integers(0, 255))
 
@@ -49,3 +49,23 @@ def test_moments() -> None:
 def test_impossible_seed(seed) -> None:
     with pytest.raises(ConfigError, match="seed must be"):
         check_seed(seed)
+
+
+@given(
+    st.integers(1, 40),
+    st.lists(st.tuples(st.integers(0, 3), st.integers(1, 4)), min_size=1, max_size=12),
+)
+def test_noise_drawn_ahead_is_that_of_each_step_alone(count, jumps) -> None:
+    ahead, block = NoiseAhead((count,), 7, first=2, last=30), 2
+    for jump, steps in jumps:
+        drawn = ahead.draw(block, range(steps))
+        assert list(drawn) == list(range(steps))
+        for step, noise in drawn.items():
+            np.testing.assert_array_equal(noise, gaussian((count,), 7, block, step))
+        block += 1 + jump
+
+
+def test_large_blocks_are_not_drawn_ahead() -> None:
+    ahead = NoiseAhead((AHEAD_VALUES,), 7, first=0, last=9)
+    ahead.draw(1, [0])
+    assert not ahead._held
