@@ -20,7 +20,6 @@ from train.checkpoint import Checkpoint, load_checkpoint
 
 DEFAULT_OUT = Path("engines")
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
-BUILDABLE = ("fp32", "fp16", "bf16")
 EXAMPLES = """examples:
   python -m export.build --steps 1
       the shipped tiny student, for every backend that is installed
@@ -127,11 +126,6 @@ def choose_targets(args: argparse.Namespace, settings: Settings) -> list[Target]
     Raises:
         AsdError: an explicit wish that cannot be met.
     """
-    if args.precision not in (None, *BUILDABLE):
-        raise ConfigError(
-            f"--precision {args.precision} cannot be built by this version; "
-            f"use --precision {' or '.join(BUILDABLE)}"
-        )
     if args.gpu and args.target == "onnx":
         raise ConfigError("--gpu is for TensorRT; leave it out, or use --target tensorrt")
     targets = []

@@ -13,6 +13,7 @@ from time import perf_counter
 
 import onnx
 
+from asd_rt.backends.openvino import ON_OPENVINO
 from asd_rt.errors import AsdError, EngineError
 from asd_rt.manifest import (
     Manifest,
@@ -24,9 +25,11 @@ from asd_rt.manifest import (
     verify,
     write_manifest,
 )
+from export.calibrate import choose_scheme
+from export.lowering import LOWERINGS
 from export.onnx import dtype_name, export_part, serialize
-from export.parity import measure
-from export.parts import LOWERINGS, PartModule, TensorShape, engine_parts
+from export.parity import BUDGETS, measure
+from export.parts import PartModule, TensorShape, engine_parts
 from export.settings import Settings, make_manifest
 from export.tensorrt import build_plan, import_tensorrt, profile_ranges
 from export.weights import share_weights
@@ -53,7 +56,7 @@ class Target:
         """What runs the passes: onnxruntime, its provider openvino, or tensorrt."""
         if self.backend != "onnx":
             return "tensorrt"
-        return "openvino" if self.precision == "bf16" else "onnxruntime"
+        return "openvino" if self.precision in ON_OPENVINO else "onnxruntime"
 
     @property
     def suffix(self) -> str:
@@ -64,8 +67,8 @@ def plan_obstacle(settings: Settings, precision: str) -> str | None:
     """Why these settings cannot become a TensorRT plan; None = they can."""
     if precision == "fp32":
         return "TensorRT takes no fp32 attention; use --precision fp16"
-    if precision == "bf16":
-        return "a bf16 engine is for ONNX Runtime with OpenVINO; use --target onnx, or --precision fp16"
+    if precision in ON_OPENVINO:
+        return f"a {precision} engine is for a CPU, with OpenVINO; use --target onnx, or --precision fp16"
     if settings.latent_hw is None:
         return "a plan needs a fixed latent size, which this checkpoint does not say; use --latent-size HxW"
     if not settings.capacity_frames:
@@ -117,7 +120,13 @@ def _fill(scratch: Path, checkpoint: Checkpoint, settings: Settings, target: Tar
     """Export, gate and, for a plan, compile every part into `scratch`; returns the manifest."""
     model = checkpoint.build_model()
     lowering = LOWERINGS[target.runtime]
-    modules = engine_parts(checkpoint, model, target.precision, settings.latent_hw, lowering)
+    scheme = None
+    if target.precision == "int8":
+        draft = make_manifest(checkpoint, settings, target.precision, target.backend, _NO_PARTS)
+        scheme = choose_scheme(checkpoint, model, draft, BUDGETS["int8"].simulated)
+    modules = engine_parts(
+        checkpoint, model, target.precision, settings.latent_hw, lowering, scheme
+    )
     graphs: dict[str, onnx.ModelProto] = {}
     for name, module in modules.items():
         began = perf_counter()
@@ -138,6 +147,8 @@ def _fill(scratch: Path, checkpoint: Checkpoint, settings: Settings, target: Tar
     log.info("  parity    pass %.1e, rollout %.1e (budgets %.0e, %.0e) %.1f s",
              max(parity["pass"].values()), max(parity["rollout"].values()), parity["budget"]["pass"],
              parity["budget"]["rollout"], perf_counter() - began)  # fmt: skip
+    if scheme is not None:
+        parity["int8"] = scheme.to_json()
     if target.backend == "onnx":
         return replace(manifest, parity=parity)
 

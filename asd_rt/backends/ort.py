@@ -1,6 +1,6 @@
 """ONNX Runtime backend: the sessions of an engine's parts. The denoiser's buffers: ort_denoiser.py.
 
-The passes of a bf16 engine, which ONNX Runtime cannot compute on a CPU, run on OpenVINO instead.
+The passes of bf16 and int8 engines run on OpenVINO instead: ONNX Runtime computes no bfloat16 on a CPU.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from asd_rt.backends.base import FloatArray
-from asd_rt.backends.openvino import NAME, OpenVinoSession, import_openvino
+from asd_rt.backends.openvino import NAME, ON_OPENVINO, OpenVinoSession, import_openvino
 from asd_rt.backends.ort_denoiser import OrtDenoiser, run_errors
 from asd_rt.errors import BackendError, EngineError
 from asd_rt.machine import instruction_sets, usable_cores
@@ -45,13 +45,14 @@ def open_engine(
     if threads is not None and (isinstance(threads, bool) or threads < 1):
         raise BackendError(f"threads must be a whole number >= 1, found {threads!r}")
     ort = _import_onnxruntime()
-    if manifest.precision == "bf16":
+    if manifest.precision in ON_OPENVINO:
         import_openvino()
         if not {"amx_bf16", "avx512_bf16"} & set(instruction_sets()):
             _log.warning(
-                "%s: this processor has no bfloat16 instructions, so a bf16 engine runs in float32, slowly; "
+                "%s: this processor has no bfloat16 instructions, so a %s engine runs in float32, slowly; "
                 "an fp32 engine is faster here",
                 path,
+                manifest.precision,
             )
     if provider not in ort.get_available_providers():
         raise BackendError(
@@ -106,7 +107,7 @@ class OrtEngine:
         weights = part_path(path, manifest, "weights") if "weights" in manifest.parts else path
         self._is_small = weights.stat().st_size < SMALL_BYTES
         # OpenVINO is faster at fixed sizes by a third. A window has few; without one they are too many.
-        self._on_openvino = manifest.precision == "bf16"
+        self._on_openvino = manifest.precision in ON_OPENVINO
         self._fixes_sizes = self._on_openvino and bool(manifest.cache.window_frames)
         for part in manifest.parts:
             late = ("encoder", "joined", "weights", *_PASSES[: self._fixes_sizes])
@@ -116,7 +117,7 @@ class OrtEngine:
 
     @property
     def device(self) -> str:
-        name = f"{NAME} bf16" if self._on_openvino else self.provider
+        name = f"{NAME} {self.manifest.precision}" if self._on_openvino else self.provider
         return f"{name}, {self.threads} {'thread' if self.threads == 1 else 'threads'}"
 
     def session(self, part: str, sizes: Mapping[str, int] | None = None) -> Any:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from asd_rt import machine, timing
+from asd_rt.backends.openvino import ON_OPENVINO
 from asd_rt.commands.common import Outcome, add_json, size_text, table
 from asd_rt.engines import (
     BUILD,
@@ -100,15 +101,18 @@ def _onnxruntime(problem: Any) -> dict[str, Any]:
 
 
 def _openvino(problem: Any) -> dict[str, Any]:
-    """What computes the passes of bf16 engines, and in which type this processor does."""
+    """What computes the passes of bf16 and int8 engines, and in which type this processor does."""
     version = _version("openvino")
     fast = [name for name in machine.instruction_sets() if name in ("amx_bf16", "avx512_bf16")]
-    needed = any(path.stem.endswith("bf16") for path in list_engines(ENGINES_DIR))
+    needed = any(path.stem.endswith(ON_OPENVINO) for path in list_engines(ENGINES_DIR))
     if version is None and needed:
-        problem(f"./{ENGINES_DIR} has a bf16 engine, but OpenVINO is not installed", INSTALL_CPU)
+        problem(
+            f"./{ENGINES_DIR} has an engine that needs it, but OpenVINO is not installed",
+            INSTALL_CPU,
+        )
     if version is not None and needed and not fast:
         problem(
-            "this processor has no bfloat16 instructions: bf16 engines run in float32, slowly",
+            "this processor has no bfloat16 instructions: bf16 and int8 engines compute in float32, slowly",
             "use an fp32 engine",
         )
     return {"version": version, "bf16_with": fast}

@@ -175,7 +175,6 @@ def test_full_disk_is_one_line(
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (("--precision", "int8"), "--precision int8"),
         (("--steps", "0"), "steps"),
         (("--steps", "5"), "steps"),
         (("--first-steps", "-1"), "first-steps"),
