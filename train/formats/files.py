@@ -22,7 +22,7 @@ WEIGHT_NAMES = tuple(
     for suffix in ("", INDEX_SUFFIX)
 )
 SUFFIXES = (".safetensors", ".pt", ".pth", ".gguf")
-HASH_BYTES = 64 << 20
+HASH_BYTES = 4 << 20
 SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
 KNOWN = (
     f"a checkpoint is a folder with {CONFIG} and {WEIGHT_NAMES[0]} or {WEIGHT_NAMES[2]} (or shards with "

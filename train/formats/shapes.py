@@ -78,7 +78,8 @@ def check_shapes(
         )
         raise CheckpointError(
             f"{where}: {note}{len(problems)} of {len(expected)} tensors do not fit the configuration "
-            f"({kinds}): {listing([text for _, text in problems])}"
+            f"({kinds}): {listing([text for _, text in problems])}; "
+            "copy or download the weights again, or give the config.json that belongs to them"
         )
 
 
