@@ -120,6 +120,10 @@ def open_file(path: Path) -> Contents:
             f"{path}: is a Git LFS pointer, not the weights; fetch them: git lfs pull"
         )
     zipped = head.startswith(b"PK\x03\x04")
+    if zipped and path.suffix == ".safetensors":  # torch goes by the suffix
+        raise CheckpointError(
+            f"{path}: is a .pt file under another name; rename it to {path.stem}.pt"
+        )
     if zipped or (path.suffix != ".safetensors" and head[8:9] != b"{"):
         return _open_torch(path, zipped)
     return _open_safetensors(path)

@@ -77,6 +77,12 @@ def truncated_pt(folder: Path) -> Path:
     return cut(folder / "wan.pt", 0.6)
 
 
+@told("is a .pt file", "wan.pt")
+def pt_under_another_name(folder: Path) -> Path:
+    write_checkpoint(folder / "wan.pt", "self-forcing", SOURCE)
+    return (folder / "wan.pt").rename(folder / "wan.safetensors")
+
+
 @told("wan.pt", "cut short")
 def truncated_legacy_pt(folder: Path) -> Path:
     torch.save(WEIGHTS, folder / "wan.pt", _use_new_zipfile_serialization=False)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import logging
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -12,9 +14,9 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
 from asd_rt.config import ModelConfig
@@ -24,6 +26,7 @@ from train.formats.names import bare, is_diffusers, to_diffusers, to_official
 from train.formats.random_weights import CONFIGS, random_source
 from train.formats.settings import diffusers_json, official_json
 from train.formats.shapes import weight_shapes
+from train.formats.tensors import open_file
 from train.formats.write import write_checkpoint
 
 CONFIG = replace(CONFIGS["small"], dim=128, num_heads=1, ffn_dim=48, freq_dim=16, text_dim=8)
@@ -209,6 +212,37 @@ def test_shipped_student_keeps_its_sha256(root: Path) -> None:
     assert (
         load_checkpoint(root / "train" / "tiny_student").sha256 == manifest["checkpoint"]["sha256"]
     )
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    data=st.data(),
+    form=st.sampled_from(("zip", "legacy", "safetensors")),
+    suffix=st.sampled_from((".pt", ".safetensors")),
+)
+def test_damage_anywhere_is_one_line_or_harmless(
+    data: st.DataObject, form: str, suffix: str
+) -> None:
+    whole = io.BytesIO()
+    saved = {f"blocks.{i}.weight": torch.ones(3, 4) for i in range(2)}
+    if form == "safetensors":
+        whole.write(save(saved))
+    else:
+        torch.save({"generator": saved}, whole, _use_new_zipfile_serialization=form == "zip")
+    content = bytearray(whole.getvalue())
+    for _ in range(data.draw(st.integers(0, 4))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"a{suffix}"
+        path.write_bytes(content[: data.draw(st.integers(0, len(content)))])
+        problem = ""
+        try:
+            tensors = open_file(path).tensors
+            shapes = {name: tuple(tensor.read().shape) for name, tensor in tensors.items()}
+        except CheckpointError as error:
+            problem = str(error)
+    assert "\n" not in problem
+    assert problem or shapes == {name: tensor.shape for name, tensor in tensors.items()}
 
 
 class TestConfiguration:
