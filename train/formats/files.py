@@ -64,8 +64,11 @@ def locate(path: Path) -> Place:
     Raises:
         CheckpointError: nothing there, nothing that could be a checkpoint, or more than one.
     """
-    if path.is_dir():
-        return _in_folder(path, path.resolve().name)
+    try:
+        if path.is_dir():
+            return _in_folder(path, path.resolve().name)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
     if not path.is_file():
         raise CheckpointError(f"{path}: no such folder or file; {KNOWN}")
     if path.name in WEIGHT_NAMES and (path.parent / CONFIG).is_file():
@@ -105,7 +108,7 @@ def _in_folder(folder: Path, name: str) -> Place:
         names = ", ".join(path.name for path in found)
         raise CheckpointError(
             f"{folder}: several files with weights ({names}); name the one that is meant: "
-            f"--checkpoint {found[0]}"
+            f"--checkpoint {folder}/NAME"
         )
     return _place(found[0], name, folder)
 
