@@ -21,7 +21,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.t
 DEMO_READY := $(VENV)/.ready-demo
 ALL_READY  := $(VENV)/.ready-all
 ENGINE_READY := engines/.ready
-ENGINE_SOURCES := $(wildcard export/*.py train/*.py asd_rt/*.py train/tiny_student/*)
+ENGINE_SOURCES := $(wildcard export/*.py train/*.py train/*/*.py asd_rt/*.py train/tiny_student/*)
 
 .DELETE_ON_ERROR:
 .PHONY: help demo test lint types format engine clean distclean

@@ -71,7 +71,12 @@ def make_parser() -> argparse.ArgumentParser:
         help="steps a block in the default plan, 1..4 (default 1)",
     )
     add("--first-steps", type=int, metavar="N", help="steps of the first block (default 4)")
-    add("--checkpoint", type=Path, metavar="FOLDER", help="default: the shipped tiny student")
+    add(
+        "--checkpoint",
+        type=Path,
+        metavar="PATH",
+        help="folder, or one .safetensors or .pt file (default: the shipped tiny student)",
+    )
     add("--precision", choices=PRECISIONS, help="default: fp32 for onnx, fp16 for tensorrt")
     add(
         "--target",
@@ -208,6 +213,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = make_parser().parse_args(arguments)
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(message)s")
     log.setLevel(logging.INFO)
+    logging.getLogger("train.checkpoint").setLevel(
+        logging.INFO
+    )  # what was read, and how it was told
     try:
         engines = build(args)
     except AsdError as error:

@@ -217,6 +217,12 @@ class TestCheckpoint:
         names = ("blocks.0.ffn.0.bias", "blocks.0.ffn.9.bias", "head.head.bias")
         refused(result, 1, *names, where=out)
 
+    def test_pickled_code(self, module: Run, refused: Run, out: Path, tmp_path: Path) -> None:
+        path = tmp_path / "wan.pt"
+        path.write_bytes(b"cposix\nmkdir\n(V" + str(out / "pwned").encode() + b"\ntR.")
+        result = module("export.build", "--checkpoint", path, "--target", "onnx", "--out", out)
+        refused(result, 1, "wan.pt", "pickled code (posix.mkdir)", where=out)
+
     def test_absent(self, module: Run, refused: Run, out: Path) -> None:
         words = ("--checkpoint", out / "none", "--steps", "1", "--target", "onnx", "--out", out)
         refused(module("export.build", *words), 1, "none", where=out)
