@@ -25,6 +25,7 @@ from asd_rt.plan import count_blocks
 from asd_rt.progress import Progress
 from asd_rt.session import Session, open_session
 from asd_rt.video import check_output, open_writer
+from asd_rt.video_thread import ThreadedWriter
 
 HELP = "generate a video from a prompt"
 EXAMPLES = """examples:
@@ -132,7 +133,7 @@ class _Stream:
         begin = perf_counter()
         blocks = self._session.generate(prompt, frames=self._frames, **asked)
         with (
-            open_writer(self._out, manifest.fps) as writer,
+            ThreadedWriter(open_writer(self._out, manifest.fps)) as writer,
             Progress("blocks", count_blocks(self._frames, size)) as progress,
         ):
             for block in blocks:
