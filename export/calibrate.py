@@ -41,6 +41,7 @@ CLIPS = (
 PLANS = ((4, 1, 3, 2), (2, 4, 1, 3), (1, 3, 2, 4))
 log = logging.getLogger(__name__)
 
+LARGEST = (16, 24)  # latents of a rollout: ranges need no more
 RANKED_EVERY = 5  # passes: to try every layer takes long
 Note = Callable[[float], None]
 
@@ -135,7 +136,9 @@ def _rollout(
 ) -> None:
     """Play video `index` of the calibration: its own prompt, noise and plan."""
     sizes = latent_sizes(manifest)
-    noise = sample_noise(manifest, sizes[index % len(sizes)], 1, seed + index)
+    rows, columns = sizes[index % len(sizes)]
+    size = min(rows, LARGEST[0]), min(columns, LARGEST[1])
+    noise = sample_noise(manifest, size, 1, seed + index)
     engine = TorchEngine(checkpoint, manifest, denoiser.model)
     engine.denoiser = denoiser
     context = sample_context(checkpoint, 1, seed + index).numpy()
