@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 import asd_rt
-from asd_rt import timing
+from asd_rt import joining, timing
 from asd_rt.backends.openvino import HALVED_PREFIXES, ON_OPENVINO, keep_keys_whole, to_bf16
 from asd_rt.engines import best_engine
 from asd_rt.errors import AsdError
@@ -32,6 +32,7 @@ from asd_rt.files import replacing
 from asd_rt.machine import usable_cores
 from asd_rt.manifest import Manifest, part_path, read_manifest
 from asd_rt.plan import FixedPlan
+from asd_rt.session import Session
 from benchmarks import loop_cost
 from benchmarks.latency import make_folder
 from benchmarks.sizes import SIZES, random_checkpoint
@@ -176,7 +177,9 @@ def measure(file: Path) -> dict[str, Any]:
         own = range(past, past + size)
         pass_ms = 1e3 * best_s(lambda: denoiser.denoise(x, 1000.0, own, past), PASSES)
         device = session.engine.device
-        loop = loop_cost.measure(session)
+        loop = loop_cost.measure(Session(session.engine, join=False))
+        apart, joined = joining.measure(denoiser, manifest, (1, size, manifest.model.in_dim, *hw))
+        loop |= {"separate_ms": 1e3 * apart, "joined_ms": 1e3 * joined}
     half = manifest.precision in ON_OPENVINO
     profile = profile_openvino if half else profile_onnx
     shares = profile(part_path(file, manifest, "denoiser"), manifest, sizes)
@@ -228,9 +231,12 @@ def markdown(report: Mapping[str, Any]) -> str:
     loop = report["loop"]
     lines += [
         "",
-        f"The loop, behind a full window: {loop['block_ms']:.2f} ms a block of {loop['passes']:.0f} passes, of "
-        f"which {loop['outside_ms']:.2f} ms ({loop['outside']:.1%}) outside engine calls. Moved inside the cache: "
-        f"{loop['moved']:.2f} times the block's new keys and values.",
+        f"The loop, behind a full window: {loop['block_ms']:.2f} ms a block of {loop['passes']:.0f} passes, "
+        f"of which {loop['outside_ms']:.2f} ms ({loop['outside']:.1%}) outside engine calls. Moved inside "
+        f"the cache: {loop['moved']:.2f} times the block's new keys and values.",
+        "",
+        f"A cache pass and the next block's first one by one: {loop['separate_ms']:.2f} ms; joined: "
+        f"{loop['joined_ms']:.2f} ms, {loop['separate_ms'] / loop['joined_ms']:.2f} times as fast.",
         "",
         f"- machine: {machine['cpu']}, {machine['cores']} cores, load {machine['load_average'][0]}",
         f"- command: `{report['command']}`",

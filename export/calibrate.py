@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import cast
 
 import torch
@@ -139,7 +139,7 @@ def _rollout(
     rows, columns = sizes[index % len(sizes)]
     size = min(rows, LARGEST[0]), min(columns, LARGEST[1])
     noise = sample_noise(manifest, size, 1, seed + index)
-    engine = TorchEngine(checkpoint, manifest, denoiser.model)
+    engine = TorchEngine(checkpoint, replace(manifest, latent_hw=None), denoiser.model)
     engine.denoiser = denoiser
     context = sample_context(checkpoint, 1, seed + index).numpy()
     Session(engine, join=False).replay(

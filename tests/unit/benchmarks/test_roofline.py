@@ -43,5 +43,6 @@ def test_the_packaged_engine(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     loop = report["loop"]
     assert loop["passes"] == 2  # one step, and the cache pass
     assert 0 < loop["outside"] < 0.5
+    assert loop["separate_ms"] > 0 < loop["joined_ms"]
     assert loop["moved"] == 1  # one block's worth leaves the window, and as much moves up
     assert "| linear |" in capsys.readouterr().out
