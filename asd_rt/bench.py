@@ -10,7 +10,6 @@ import numpy as np
 
 from asd_rt import timing
 from asd_rt.arguments import make_plan
-from asd_rt.backends.openvino import ON_OPENVINO
 from asd_rt.errors import ConfigError
 from asd_rt.frame_loop import Block
 from asd_rt.manifest import Manifest
@@ -136,7 +135,7 @@ def cache_bytes(
     slots = manifest.cache.window_frames or math.ceil(frames / size) * size
     spec = manifest.parts["denoiser"].outputs.get("new_k.0")
     dtype = "float32" if spec is None else spec.dtype
-    width = 2 if "16" in dtype or manifest.precision in ON_OPENVINO else np.dtype(dtype).itemsize
+    width = 2 if "16" in dtype or manifest.runtime == "openvino" else np.dtype(dtype).itemsize
     tokens = slots * hw[0] * hw[1] // 4
     return 2 * manifest.model.num_layers * tokens * manifest.model.dim * width
 

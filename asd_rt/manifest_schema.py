@@ -11,9 +11,10 @@ from typing import Any, TypeVar
 from asd_rt.config import CacheConfig, ModelConfig, from_mapping
 from asd_rt.errors import ConfigError, EngineError
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
 BACKENDS = ("onnx", "tensorrt", "tensorrt_rtx")
+RUNTIMES = ("onnxruntime", "openvino", "tensorrt")  # what runs the passes
 PART_NAMES = ("denoiser", "weights", "joined", "time", "prompt", "text", "decoder", "encoder")
 REQUIRED_PARTS = ("denoiser", "time", "prompt")
 SCHEMA = "docs/engine.md"
@@ -88,6 +89,7 @@ class Manifest:
         name: of the engine ("asd_fp32").
         precision: fp32, fp16, bf16, int8 or fp8.
         backend: onnx, tensorrt or tensorrt_rtx.
+        runtime: what the passes are lowered for: onnxruntime, openvino or tensorrt.
         model: hyper-parameters of the denoiser.
         cache: geometry of the KV cache.
         latent_hw: latent (rows, columns) that the engine is fixed to; None = any.
@@ -119,6 +121,7 @@ class Manifest:
     parts: Mapping[str, Part]
     checkpoint: Json
     tools: Json
+    runtime: str = "onnxruntime"
     gpus: tuple[str, ...] = ()
     parity: Json = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
@@ -134,6 +137,7 @@ class Manifest:
             "name": self.name,
             "precision": self.precision,
             "backend": self.backend,
+            "runtime": self.runtime,
             "model": self.model.to_json(),
             "cache": self.cache.to_json(),
             "latent_hw": None if self.latent_hw is None else list(self.latent_hw),
@@ -227,6 +231,7 @@ def _problems(m: Manifest) -> list[str]:
     check(isinstance(m.name, str) and bool(m.name), "name", "a name")
     check(m.precision in PRECISIONS, "precision", f"one of {', '.join(PRECISIONS)}")
     check(m.backend in BACKENDS, "backend", f"one of {', '.join(BACKENDS)}")
+    check(m.runtime in RUNTIMES, "runtime", f"one of {', '.join(RUNTIMES)}")
     hw = m.latent_hw
     even = hw is None or (
         isinstance(hw, tuple) and len(hw) == 2 and all(_is_size(n) and n % 2 == 0 for n in hw)

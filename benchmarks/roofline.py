@@ -25,7 +25,7 @@ import torch
 
 import asd_rt
 from asd_rt import joining, timing
-from asd_rt.backends.openvino import HALVED_PREFIXES, ON_OPENVINO, keep_keys_whole, to_bf16
+from asd_rt.backends.openvino import HALVED_PREFIXES, keep_keys_whole, to_bf16
 from asd_rt.engines import best_engine
 from asd_rt.errors import AsdError
 from asd_rt.files import replacing
@@ -180,7 +180,7 @@ def measure(file: Path) -> dict[str, Any]:
         loop = loop_cost.measure(Session(session.engine, join=False))
         apart, joined = joining.measure(denoiser, manifest, (1, size, manifest.model.in_dim, *hw))
         loop |= {"separate_ms": 1e3 * apart, "joined_ms": 1e3 * joined}
-    half = manifest.precision in ON_OPENVINO
+    half = manifest.runtime == "openvino"
     profile = profile_openvino if half else profile_onnx
     shares = profile(part_path(file, manifest, "denoiser"), manifest, sizes)
     work = flops(manifest, sizes["T"], sizes["P"])

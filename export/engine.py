@@ -13,7 +13,6 @@ from time import perf_counter
 
 import onnx
 
-from asd_rt.backends.openvino import ON_OPENVINO
 from asd_rt.errors import AsdError, EngineError
 from asd_rt.manifest import (
     Manifest,
@@ -26,7 +25,7 @@ from asd_rt.manifest import (
     write_manifest,
 )
 from export.calibrate import choose_scheme
-from export.lowering import LOWERINGS
+from export.lowering import LOWERINGS, runtime_of
 from export.onnx import dtype_name, export_part, serialize
 from export.parity import BUDGETS, measure
 from export.parts import PartModule, TensorShape, engine_parts
@@ -52,13 +51,6 @@ class Target:
         return f"asd_{self.precision}{self.suffix}"
 
     @property
-    def runtime(self) -> str:
-        """What runs the passes: onnxruntime, its provider openvino, or tensorrt."""
-        if self.backend != "onnx":
-            return "tensorrt"
-        return "openvino" if self.precision in ON_OPENVINO else "onnxruntime"
-
-    @property
     def suffix(self) -> str:
         return ".onnx" if self.backend == "onnx" else ".plan"
 
@@ -67,8 +59,8 @@ def plan_obstacle(settings: Settings, precision: str) -> str | None:
     """Why these settings cannot become a TensorRT plan; None = they can."""
     if precision == "fp32":
         return "TensorRT takes no fp32 attention; use --precision fp16"
-    if precision in ON_OPENVINO:
-        return f"a {precision} engine is for a CPU, with OpenVINO; use --target onnx, or --precision fp16"
+    if precision in ("bf16", "int8"):
+        return f"a {precision} engine is for a CPU; use --target onnx, or --precision fp16"
     if settings.latent_hw is None:
         return "a plan needs a fixed latent size, which this checkpoint does not say; use --latent-size HxW"
     if not settings.capacity_frames:
@@ -95,7 +87,7 @@ def build_engine(
     """
     engine = out / target.file
     wanted = make_manifest(
-        checkpoint, settings, target.precision, target.backend, _NO_PARTS, target.gpus
+        checkpoint, settings, target.precision, target.backend, NO_PARTS, target.gpus
     )
     if not force and _is_current(engine, wanted):
         log.info("%s is up to date", engine)
@@ -113,16 +105,16 @@ def build_engine(
     return engine
 
 
-_NO_PARTS = {name: Part(name, "0" * 64, 0) for name in ("denoiser", "time", "prompt")}
+NO_PARTS = {name: Part(name, "0" * 64, 0) for name in ("denoiser", "time", "prompt")}
 
 
 def _fill(scratch: Path, checkpoint: Checkpoint, settings: Settings, target: Target) -> Manifest:
     """Export, gate and, for a plan, compile every part into `scratch`; returns the manifest."""
     model = checkpoint.build_model()
-    lowering = LOWERINGS[target.runtime]
+    lowering = LOWERINGS[runtime_of(target.backend, target.precision, checkpoint.config)]
     scheme = None
     if target.precision == "int8":
-        draft = make_manifest(checkpoint, settings, target.precision, target.backend, _NO_PARTS)
+        draft = make_manifest(checkpoint, settings, target.precision, target.backend, NO_PARTS)
         scheme = choose_scheme(checkpoint, model, draft, BUDGETS["int8"].simulated)
     modules = engine_parts(
         checkpoint, model, target.precision, settings.latent_hw, lowering, scheme

@@ -210,11 +210,9 @@ def _denoiser_cases(
         return model.embed_time(torch.full((1, frames), timestep))
 
     full = rollout_frames(manifest)
-    kv_dtype = {
-        "fp16": torch.float16,
-        "bf16": torch.bfloat16,
-        "int8": torch.bfloat16,
-    }.get(manifest.precision, torch.float32)
+    kv_dtype = torch.float16 if manifest.precision == "fp16" else torch.float32
+    if manifest.runtime == "openvino":
+        kv_dtype = torch.bfloat16
     for past_frames in sorted({0, block, (manifest.cache.window_frames or full) - block}):
         past = None
         if past_frames:

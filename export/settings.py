@@ -13,6 +13,7 @@ from asd_rt.errors import ConfigError
 from asd_rt.manifest import Manifest, Part
 from asd_rt.plan import FixedPlan
 from asd_rt.schedule import STEP_LISTS, Schedule
+from export.lowering import runtime_of
 from train.checkpoint import Checkpoint
 from train.deployment import check_latent_hw
 
@@ -89,6 +90,7 @@ def make_manifest(
         name=f"asd_{precision}",
         precision=precision,
         backend=backend,
+        runtime=runtime_of(backend, precision, checkpoint.config),
         model=checkpoint.config,
         cache=settings.cache,
         latent_hw=settings.latent_hw,

@@ -1,4 +1,4 @@
-"""OpenVINO for the passes of bf16 and int8 engines: bfloat16 where the processor can (AMX, AVX-512 BF16).
+"""OpenVINO for the passes of bf16 and large int8 engines: bfloat16 where the processor can (AMX, AVX-512).
 
 Its own runtime, not ONNX Runtime's plugin of it: that copies every input to memory of its own when it is
 bound, so a cache in place is not possible. `OpenVinoSession` has what the backend needs of an ONNX Runtime
@@ -24,7 +24,6 @@ from asd_rt.files import cache_folder
 from asd_rt.manifest import Part
 
 NAME = "OpenVINO"
-ON_OPENVINO = ("bf16", "int8")  # precisions of engines whose passes run here
 INSTALL = "pip install openvino"
 HALVED_PREFIXES = ("prompt_", "past_", "new_")
 _log = logging.getLogger(__name__)
@@ -40,7 +39,7 @@ def import_openvino() -> ModuleType:
         import openvino
     except ImportError as error:
         raise BackendError(
-            f"bf16 and int8 engines run on OpenVINO, which cannot be imported ({error}); {INSTALL}, or "
+            f"this engine runs on OpenVINO, which cannot be imported ({error}); {INSTALL}, or "
             "build the engine with --precision fp32"
         ) from error
     module: ModuleType = openvino

@@ -1,6 +1,6 @@
 """ONNX Runtime backend: the sessions of an engine's parts. The denoiser's buffers: ort_denoiser.py.
 
-The passes of bf16 and int8 engines run on OpenVINO instead: ONNX Runtime computes no bfloat16 on a CPU.
+The passes of some engines run on OpenVINO instead: ONNX Runtime computes no bfloat16 on a CPU.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from asd_rt.backends.base import FloatArray
-from asd_rt.backends.openvino import NAME, ON_OPENVINO, OpenVinoSession, import_openvino
+from asd_rt.backends.openvino import NAME, OpenVinoSession, import_openvino
 from asd_rt.backends.ort_denoiser import OrtDenoiser, run_errors
 from asd_rt.errors import BackendError, EngineError
 from asd_rt.machine import instruction_sets, usable_cores
@@ -45,7 +45,7 @@ def open_engine(
     if threads is not None and (isinstance(threads, bool) or threads < 1):
         raise BackendError(f"threads must be a whole number >= 1, found {threads!r}")
     ort = _import_onnxruntime()
-    if manifest.precision in ON_OPENVINO:
+    if manifest.runtime == "openvino":
         import_openvino()
         if not {"amx_bf16", "avx512_bf16"} & set(instruction_sets()):
             _log.warning(
@@ -104,10 +104,12 @@ class OrtEngine:
         self.provider = provider
         self._sessions: dict[tuple[str, tuple[int, ...]], Any] = {}
         self._closed = False
+        # ONNX Runtime 1.31 and 1.32 refuse some int8 products with a bias otherwise.
+        self._unwanted_optimizers = ["MatMulAddFusion"] if manifest.precision == "int8" else []
         weights = part_path(path, manifest, "weights") if "weights" in manifest.parts else path
         self._is_small = weights.stat().st_size < SMALL_BYTES
         # OpenVINO is faster at fixed sizes by a third. A window has few; without one they are too many.
-        self._on_openvino = manifest.precision in ON_OPENVINO
+        self._on_openvino = manifest.runtime == "openvino"
         self._fixes_sizes = self._on_openvino and bool(manifest.cache.window_frames)
         for part in manifest.parts:
             late = ("encoder", "joined", "weights", *_PASSES[: self._fixes_sizes])
@@ -147,7 +149,10 @@ class OrtEngine:
                 _log.info("compiling %s for %s", file, dict(fixed) or "any size")
                 return OpenVinoSession(file, spec, self.threads, fixed)
             session = ort.InferenceSession(
-                str(file), self._options(ort, part), providers=[self.provider]
+                str(file),
+                self._options(ort, part),
+                providers=[self.provider],
+                disabled_optimizers=self._unwanted_optimizers,
             )
         except (
             Exception

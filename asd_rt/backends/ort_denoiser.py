@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from asd_rt.backends.base import FloatArray
-from asd_rt.backends.openvino import ON_OPENVINO, from_bf16, to_bf16
+from asd_rt.backends.openvino import from_bf16, to_bf16
 from asd_rt.errors import BackendError, EngineError
 from asd_rt.kv_cache import Move, joined_mask
 from asd_rt.manifest import REBUILD, Manifest, manifest_path
@@ -111,7 +111,7 @@ class OrtDenoiser:
                 f"ONNX Runtime, found {dtype}; build an fp32 engine: {REBUILD} --precision fp32"
             )
         # OpenVINO keeps keys and values in bfloat16.
-        self._bf16 = manifest.precision in ON_OPENVINO
+        self._bf16 = manifest.runtime == "openvino"
         self._kv_dtype: Any = np.uint16 if self._bf16 else _KV_DTYPES[dtype]
         self._layers = range(manifest.model.num_layers)
         self._modulations: dict[float, FloatArray] = {}

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from asd_rt import machine, timing
-from asd_rt.backends.openvino import ON_OPENVINO
 from asd_rt.commands.common import Outcome, add_json, size_text, table
 from asd_rt.engines import (
     BUILD,
@@ -100,11 +99,19 @@ def _onnxruntime(problem: Any) -> dict[str, Any]:
         return {"version": None, "providers": []}
 
 
+def _runtime(engine: Path) -> str:
+    """What an engine's passes run on; nothing where its manifest cannot be read."""
+    try:
+        return read_manifest(engine).runtime
+    except AsdError:
+        return ""
+
+
 def _openvino(problem: Any) -> dict[str, Any]:
-    """What computes the passes of bf16 and int8 engines, and in which type this processor does."""
+    """What computes the passes of bf16 and large int8 engines, and in which type this processor does."""
     version = _version("openvino")
     fast = [name for name in machine.instruction_sets() if name in ("amx_bf16", "avx512_bf16")]
-    needed = any(path.stem.endswith(ON_OPENVINO) for path in list_engines(ENGINES_DIR))
+    needed = any(_runtime(path) == "openvino" for path in list_engines(ENGINES_DIR))
     if version is None and needed:
         problem(
             f"./{ENGINES_DIR} has an engine that needs it, but OpenVINO is not installed",
@@ -112,7 +119,7 @@ def _openvino(problem: Any) -> dict[str, Any]:
         )
     if version is not None and needed and not fast:
         problem(
-            "this processor has no bfloat16 instructions: bf16 and int8 engines compute in float32, slowly",
+            "this processor has no bfloat16 instructions: engines for OpenVINO compute in float32, slowly",
             "use an fp32 engine",
         )
     return {"version": version, "bf16_with": fast}

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import asd_rt
 from export.build import main
 from export.calibrate import choose_scheme
-from export.engine import _NO_PARTS
+from export.engine import NO_PARTS
 from export.metrics import relative_l2
 from export.quantize import LAYERS, LEVELS, fake_quantize, quantize_weight
 from export.settings import FixedPlan, Overrides, make_manifest, resolve
@@ -46,7 +46,7 @@ def test_inputs_are_rounded_and_clipped(x, scale) -> None:
 def test_layers_are_kept_as_the_budget_needs(student: Path, budget: float, kept: int) -> None:
     checkpoint = load_checkpoint(student)
     settings = resolve(checkpoint, Overrides(), FixedPlan(1, 4))
-    manifest = make_manifest(checkpoint, settings, "int8", "onnx", _NO_PARTS)
+    manifest = make_manifest(checkpoint, settings, "int8", "onnx", NO_PARTS)
     model = checkpoint.build_model()
     scheme = choose_scheme(checkpoint, model, manifest, budget)
     assert len(scheme.kept) == kept
@@ -58,7 +58,7 @@ def test_layers_are_kept_as_the_budget_needs(student: Path, budget: float, kept:
 def test_the_layer_that_int8_spoils_is_the_one_kept(student: Path) -> None:
     checkpoint = load_checkpoint(student)
     settings = resolve(checkpoint, Overrides(), FixedPlan(1, 4))
-    manifest = make_manifest(checkpoint, settings, "int8", "onnx", _NO_PARTS)
+    manifest = make_manifest(checkpoint, settings, "int8", "onnx", NO_PARTS)
     model = checkpoint.build_model()
     with torch.no_grad():  # one huge channel that nothing reads: its range drowns all others
         model.blocks[0].ffn[0].weight[0], model.blocks[0].ffn[0].bias[0] = 0, 1e4

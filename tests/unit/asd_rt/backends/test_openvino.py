@@ -30,7 +30,9 @@ def test_cache_and_prompt_are_bound_in_place(toy) -> None:
     from asd_rt.backends.ort import open_engine
     from asd_rt.noise import gaussian
 
-    denoiser = open_engine(toy.path, replace(toy.manifest, precision="bf16"), threads=1).denoiser
+    denoiser = open_engine(
+        toy.path, replace(toy.manifest, precision="bf16", runtime="openvino"), threads=1
+    ).denoiser
     denoiser.prepare(1, (4, 2), 6)
     denoiser.set_prompt(gaussian((1, 4, 3), 0, 0, 0))
     x = gaussian((1, 2, 2, 4, 2), 0, 0, 0)
