@@ -27,10 +27,6 @@ class Lowering:
 
 # OpenVINO leaves fused operators to others, and finds attention again in plain products. TensorRT fuses
 # attention from opset 23.
-SMALL_PARAMETERS = (
-    8e6  # of an int8 network; below, OpenVINO loses more between products than it gains in them
-)
-
 LOWERINGS = {
     "onnxruntime": Lowering(23, joined=True, fused=True, attention="operator"),
     "openvino": Lowering(18, joined=True, fused=False, attention="products"),
@@ -46,7 +42,6 @@ def runtime_of(backend: str, precision: str, model: ModelConfig) -> str:
     if backend != "onnx":
         return "tensorrt"
     a_layer = 8 * model.dim**2 + 2 * model.dim * model.ffn_dim
-    small = model.num_layers * a_layer < SMALL_PARAMETERS
-    return (
-        "openvino" if precision == "bf16" or (precision == "int8" and not small) else "onnxruntime"
-    )
+    large = model.num_layers * a_layer >= SMALL_PARAMETERS
+    halved = precision == "bf16" or (precision == "int8" and large)
+    return "openvino" if halved else "onnxruntime"
