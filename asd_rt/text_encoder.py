@@ -119,25 +119,7 @@ class TextEncoder:
         for name in ("text", "text_weights"):
             check_part(self._path, self._manifest, name)
         file = part_path(self._path, self._manifest, "text")
-        ort = import_onnxruntime()
-        options = ort.SessionOptions()
-        options.log_severity_level = 4
-        options.intra_op_num_threads = self._threads
-        # Weights stay in their file. Folding their casts, packing them, or casting all of them before the
-        # first is used would take the float32 size of the whole network in memory.
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-        options.add_session_config_entry("session.disable_prepacking", "1")
-        options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
-        try:
-            self._session = ort.InferenceSession(str(file), options, providers=[CPU_PROVIDER])
-        except (
-            Exception
-        ) as error:  # its exceptions share no base class; none may reach the user raw
-            first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise EngineError(
-                f"{file}: ONNX Runtime {ort.__version__} cannot load the text part ({first_line}); build it "
-                f"again with: {REBUILD_TEXT}"
-            ) from error
+        self._session = open_text_session(file, self._threads)
         _log.info("loaded %s", file)
         return self._session
 
@@ -156,3 +138,29 @@ class TextEncoder:
         trace: TracebackType | None,
     ) -> None:
         self.release()
+
+
+def open_text_session(file: Path, threads: int) -> Any:
+    """The ONNX Runtime session of a text part, whose weights lie beside it.
+
+    Raises:
+        EngineError: it cannot be loaded.
+        BackendError: ONNX Runtime is absent.
+    """
+    ort = import_onnxruntime()
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = threads
+    # Weights stay in their file. Folding their casts, packing them, or casting all of them before the
+    # first is used would take the float32 size of the whole network in memory.
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
+    try:
+        return ort.InferenceSession(str(file), options, providers=[CPU_PROVIDER])
+    except Exception as error:  # its exceptions share no base class; none may reach the user raw
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise EngineError(
+            f"{file}: ONNX Runtime {ort.__version__} cannot load the text part ({first_line}); build it "
+            f"again with: {REBUILD_TEXT}"
+        ) from error

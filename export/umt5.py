@@ -17,7 +17,7 @@ Names are those of Wan's official file; matrices are [in, out].
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -113,8 +113,8 @@ def linear(weights: Weights, name: str, x: Tensor) -> Tensor:
 def embed(weights: Weights, tokens: Tensor) -> Tensor:
     """Token ids [B, L] -> float32 [B, L, d_model]; only the rows that are read are widened."""
     x = F.embedding(tokens, weights[TABLE]).float()
-    scale = weights.get(f"{TABLE}.scale")
-    return x if scale is None else x * F.embedding(tokens, scale)
+    scale = f"{TABLE}.scale"
+    return x * F.embedding(tokens, weights[scale]) if scale in weights else x
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -170,14 +170,28 @@ def padding(mask: Tensor) -> Tensor:
     return (1 - mask[:, None, None, :].float()) * torch.finfo(torch.float32).min
 
 
-def finish(config: Umt5Config, weights: Weights, x: Tensor, mask: Tensor) -> Tensor:
-    """Last norm, and zeros behind the tokens."""
+def encode(
+    config: Umt5Config, weights: Weights, buckets: Tensor, tokens: Tensor, mask: Tensor
+) -> Tensor:
+    """Tokens and mask int64 [B, L] -> context float32 [B, L, d_model], zero where the mask is.
+
+    Args:
+        config: of the encoder.
+        weights: by name; each is asked for when it is needed and then let go, so they may be read from disk.
+        buckets: `buckets_by_offset(config)`.
+        tokens: ids.
+        mask: 1 for tokens, 0 for padding behind them.
+    """
+    places, pad = positions(tokens.shape[1], buckets), padding(mask)
+    x = embed(weights, tokens)
+    for i in range(config.num_layers):
+        x = run_block(config, weights, f"blocks.{i}", x, places, pad)
     x = rms_norm(x, weights["norm"], config.layer_norm_epsilon)
     return torch.where(mask.unsqueeze(-1) > 0, x, torch.zeros(()))
 
 
 class Umt5Part(nn.Module):
-    """Tokens and mask int64 [B, L], then the stored weights -> context float32 [B, L, d_model]."""
+    """`encode` for export: tokens and mask, then the stored weights."""
 
     buckets: Tensor
 
@@ -189,28 +203,4 @@ class Umt5Part(nn.Module):
 
     def forward(self, tokens: Tensor, mask: Tensor, *stored: Tensor) -> Tensor:
         weights = dict(zip(self.names, stored, strict=True))
-        places, pad = positions(tokens.shape[1], self.buckets), padding(mask)
-        x = embed(weights, tokens)
-        for i in range(self.config.num_layers):
-            x = run_block(self.config, weights, f"blocks.{i}", x, places, pad)
-        return finish(self.config, weights, x, mask)
-
-
-@torch.no_grad()
-def encode(
-    config: Umt5Config, read: Callable[[str], Tensor], tokens: Tensor, mask: Tensor
-) -> Tensor:
-    """The reference: as `Umt5Part`, with weights as the checkpoint has them, read layer by layer.
-
-    Args:
-        config: of the encoder.
-        read: the weight of a name, of any float type; it is computed with in float32.
-        tokens, mask: int64 [B, L].
-    """
-    places, pad = positions(tokens.shape[1], buckets_by_offset(config)), padding(mask)
-    x = embed({TABLE: read(TABLE)}, tokens)
-    names = config.shapes()
-    for i in range(config.num_layers):
-        weights = {name: read(name) for name in names if name.startswith(f"blocks.{i}.")}
-        x = run_block(config, weights, f"blocks.{i}", x, places, pad)
-    return finish(config, {"norm": read("norm")}, x, mask)
+        return encode(self.config, weights, self.buckets, tokens, mask)

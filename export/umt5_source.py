@@ -15,7 +15,7 @@ import hashlib
 import json
 import pickle
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from asd_rt.errors import CheckpointError, ConfigError
-from export.umt5 import TABLE, Umt5Config
+from export.umt5 import TABLE, Umt5Config, is_matrix
 from export.umt5_tokenizer import find_tokenizer
 
 FLOAT_TYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -58,26 +58,38 @@ _KNOWN_SETTINGS = {f.name for f in fields(Umt5Config)}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Umt5Source:
-    """A text encoder on disk, complete and checked.
+class Umt5Source(Mapping[str, Tensor]):
+    """A text encoder on disk, complete and checked: weights by their names in `Umt5Config.shapes`.
+
+    A weight is read when it is asked for, and is of the type it is stored in.
 
     Attributes:
         name: of its folder.
         sha256: over names and contents of its files.
         config: of the encoder.
         tokenizer: content of a tokenizer.json.
+        is_half: whether all matrices are stored in 16 bits.
     """
 
     name: str
     sha256: str
     config: Umt5Config
     tokenizer: bytes
+    is_half: bool
     _read: Mapping[str, Callable[[], Tensor]]
 
-    def read(self, name: str) -> Tensor:
-        """A weight by its name in `Umt5Config.shapes`, as stored; matrices are [in, out] views."""
+    def __getitem__(self, name: str) -> Tensor:
         value = self._read[name]()
         return value.T if ".attn." in name or ".ffn." in name else value
+
+    def __contains__(self, name: object) -> bool:  # a Mapping's would read the weight
+        return name in self._read
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._read)
+
+    def __len__(self) -> int:
+        return len(self._read)
 
 
 def open_umt5(folder: Path) -> Umt5Source:
@@ -106,8 +118,11 @@ def open_umt5(folder: Path) -> Umt5Source:
             content = hashlib.file_digest(stream, "sha256").hexdigest()
         digest.update(f"{file.name} {content}\n".encode())
     digest.update(f"{tokenizer_file.name} {hashlib.sha256(tokenizer).hexdigest()}\n".encode())
-    readers = {name: tensors[_stored_name(name)].read for name in config.shapes()}
-    return Umt5Source(folder.resolve().name, digest.hexdigest(), config, tokenizer, readers)
+    needed = {name: tensors[_stored_name(name)] for name in config.shapes()}
+    is_half = all("16" in tensor.kind for name, tensor in needed.items() if is_matrix(name))
+    readers = {name: tensor.read for name, tensor in needed.items()}
+    name = folder.resolve().name
+    return Umt5Source(name, digest.hexdigest(), config, tokenizer, is_half, readers)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
