@@ -258,6 +258,8 @@ def _problems(m: Manifest) -> list[str]:
     )
     for name in ("checkpoint", "tools", "parity", "sources"):
         check(isinstance(getattr(m, name), dict), name, "an object")
+    if isinstance(m.sources, dict) and not all(map(_is_source, m.sources.values())):
+        found.append(f'sources must name their "parts", found {m.sources!r}')
     for name in m.parts:
         if name not in PART_NAMES:
             found.append(f"parts: unknown part {name}; known: {', '.join(PART_NAMES)}")
@@ -279,6 +281,11 @@ def _is_vocabulary(value: object) -> bool:
     return isinstance(words, dict) and all(
         isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in words.values()
     )
+
+
+def _is_source(value: object) -> bool:
+    parts = value.get("parts") if isinstance(value, dict) else None
+    return isinstance(parts, list) and all(isinstance(name, str) for name in parts)
 
 
 def _is_umt5(value: object) -> bool:

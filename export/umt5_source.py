@@ -15,6 +15,7 @@ import hashlib
 import json
 import pickle
 import re
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -103,13 +104,15 @@ def open_umt5(folder: Path) -> Umt5Source:
             weights that are missing, extra, misshapen or quantised (all in one message).
         ConfigError: config.json has impossible values.
     """
-    files, config_file = _find(folder)
+    official, config_file = _find(folder)
+    settings = None if config_file is None else _read_config(config_file)
+    files = official if config_file is None else _safetensors(config_file.parent)
     tensors: dict[str, _Tensor] = {}
     for file in files:
         tensors |= _open(file)
     where = str(files[0] if len(files) == 1 else files[0].parent)
     tensors = _official(where, tensors)
-    config = _config(where, config_file, tensors)
+    config = settings or _config_of_shapes(where, tensors)
     _check(where, config, tensors)
     tokenizer_file, tokenizer = find_tokenizer(folder, config_file, config.vocab_size)
     digest = hashlib.sha256()
@@ -136,7 +139,7 @@ class _Tensor:
 
 
 def _find(folder: Path) -> tuple[list[Path], Path | None]:
-    """Weight files and config.json (Wan's own has none)."""
+    """Wan's own weight file, or the config.json of the other layouts."""
     if not folder.is_dir():
         raise CheckpointError(f"--text-encoder {folder}: no such folder; name {LAYOUTS}")
     official = sorted(folder.glob(OFFICIAL))
@@ -147,7 +150,7 @@ def _find(folder: Path) -> tuple[list[Path], Path | None]:
         config = place / "config.json"
         # In Wan's own folder, config.json is the denoiser's.
         if config.is_file() and not (place == folder and official):
-            return _safetensors(place), config
+            return [], config
     if official:
         return official, None
     raise CheckpointError(f"{folder}: holds no text encoder; name {LAYOUTS}")
@@ -209,7 +212,8 @@ def _open_safetensors(file: Path) -> dict[str, _Tensor]:
 
 
 def _open_pth(file: Path) -> dict[str, _Tensor]:
-    loaded = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    mapped = zipfile.is_zipfile(file)  # the format before torch 1.6 can only be read into memory
+    loaded = torch.load(file, map_location="cpu", mmap=mapped, weights_only=True)
     if not isinstance(loaded, dict) or not all(isinstance(t, Tensor) for t in loaded.values()):
         raise CheckpointError(f"{file}: expected tensors by name, found something else")
 
@@ -251,10 +255,7 @@ def _official(where: str, tensors: dict[str, _Tensor]) -> dict[str, _Tensor]:
     return found
 
 
-def _config(where: str, file: Path | None, tensors: Mapping[str, _Tensor]) -> Umt5Config:
-    """From config.json where there is one, else from the shapes of the weights."""
-    if file is None:
-        return _config_of_shapes(where, tensors)
+def _read_config(file: Path) -> Umt5Config:
     try:
         values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         kind = values.get("model_type")
