@@ -13,23 +13,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-import pickle
 import re
-import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from asd_rt.errors import CheckpointError, ConfigError
+from export.lazy_tensors import LazyTensor, open_tensors
 from export.umt5 import TABLE, Umt5Config, is_matrix
 from export.umt5_tokenizer import find_tokenizer
 
-FLOAT_TYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_LISTED = 20
 OFFICIAL = "models_t5*.pth"
 INDEX = "model.safetensors.index.json"
@@ -107,9 +103,9 @@ def open_umt5(folder: Path) -> Umt5Source:
     official, config_file = _find(folder)
     settings = None if config_file is None else _read_config(config_file)
     files = official if config_file is None else _safetensors(config_file.parent)
-    tensors: dict[str, _Tensor] = {}
+    tensors: dict[str, LazyTensor] = {}
     for file in files:
-        tensors |= _open(file)
+        tensors |= open_tensors(file)
     where = str(files[0] if len(files) == 1 else files[0].parent)
     tensors = _official(where, tensors)
     config = settings or _config_of_shapes(where, tensors)
@@ -126,16 +122,6 @@ def open_umt5(folder: Path) -> Umt5Source:
     readers = {name: tensor.read for name, tensor in needed.items()}
     name = folder.resolve().name
     return Umt5Source(name, digest.hexdigest(), config, tokenizer, is_half, readers)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Tensor:
-    """One tensor of a file: what it is, and how to read it."""
-
-    shape: tuple[int, ...]
-    is_float: bool
-    kind: str
-    read: Callable[[], Tensor]
 
 
 def _find(folder: Path) -> tuple[list[Path], Path | None]:
@@ -179,51 +165,6 @@ def _safetensors(place: Path) -> list[Path]:
     return [place / str(name) for name in names]
 
 
-def _open(file: Path) -> dict[str, _Tensor]:
-    try:
-        return _open_safetensors(file) if file.suffix == ".safetensors" else _open_pth(file)
-    except (OSError, SafetensorError, RuntimeError, EOFError, ValueError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(
-            f"{file}: cannot be read, perhaps cut short ({reason}); copy or download it again"
-        ) from error
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{file}: holds more than tensors, so loading it could run code that came with it; save its "
-            "state_dict alone"
-        ) from error
-
-
-def _open_safetensors(file: Path) -> dict[str, _Tensor]:
-    opened: Any = safe_open(file, framework="pt")
-    found = {}
-    for name in opened.keys():  # noqa: SIM118
-        part = opened.get_slice(name)
-        kind = part.get_dtype()
-
-        def read(name: str = name) -> Tensor:
-            tensor: Tensor = opened.get_tensor(name)
-            return tensor
-
-        found[name] = _Tensor(
-            tuple(part.get_shape()), kind in ("F32", "F16", "BF16"), kind.lower(), read
-        )
-    return found
-
-
-def _open_pth(file: Path) -> dict[str, _Tensor]:
-    mapped = zipfile.is_zipfile(file)  # the format before torch 1.6 can only be read into memory
-    loaded = torch.load(file, map_location="cpu", mmap=mapped, weights_only=True)
-    if not isinstance(loaded, dict) or not all(isinstance(t, Tensor) for t in loaded.values()):
-        raise CheckpointError(f"{file}: expected tensors by name, found something else")
-
-    def entry(tensor: Tensor) -> _Tensor:
-        kind = str(tensor.dtype).removeprefix("torch.")
-        return _Tensor(tuple(tensor.shape), tensor.dtype in FLOAT_TYPES, kind, lambda: tensor)
-
-    return {name: entry(tensor) for name, tensor in loaded.items()}
-
-
 def _stored_name(name: str) -> str:
     """Our name of a weight -> the official one ("blocks.0.ffn.gate" -> "blocks.0.ffn.gate.0.weight")."""
     if name.endswith("pos_embedding"):
@@ -231,7 +172,7 @@ def _stored_name(name: str) -> str:
     return f"{name}.0.weight" if name.endswith("ffn.gate") else f"{name}.weight"
 
 
-def _official(where: str, tensors: dict[str, _Tensor]) -> dict[str, _Tensor]:
+def _official(where: str, tensors: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
     """The tensors by their official names; what an encoder does not need is left out."""
     quantised = [name for name in tensors if _QUANTISED.fullmatch(name)]
     if quantised:
@@ -278,7 +219,7 @@ def _read_config(file: Path) -> Umt5Config:
         raise ConfigError(f"{file}: {error}") from error
 
 
-def _config_of_shapes(where: str, tensors: Mapping[str, _Tensor]) -> Umt5Config:
+def _config_of_shapes(where: str, tensors: Mapping[str, LazyTensor]) -> Umt5Config:
     layers = {int(m[1]) for name in tensors if (m := re.match(r"blocks\.(\d+)\.", name))}
 
     def shape(name: str) -> tuple[int, ...]:
@@ -302,7 +243,7 @@ def _config_of_shapes(where: str, tensors: Mapping[str, _Tensor]) -> Umt5Config:
     )
 
 
-def _check(where: str, config: Umt5Config, tensors: Mapping[str, _Tensor]) -> None:
+def _check(where: str, config: Umt5Config, tensors: Mapping[str, LazyTensor]) -> None:
     """Raise one CheckpointError that lists every missing, extra, misshapen or wrongly typed weight."""
     expected = {}
     for name, shape in config.shapes().items():

@@ -367,6 +367,14 @@ def test_values_that_cannot_be_stored(
         store(source, "blocks.0.attn.q", precision, weights)
 
 
+@pytest.mark.parametrize("size", [0, 100, 9000])
+def test_damaged_pth(transformers: Path, tmp_path: Path, size: int) -> None:
+    folder = write_official(transformers, tmp_path / "wan")
+    os.truncate(folder / "models_t5_umt5-xxl-enc-bf16.pth", size)
+    with pytest.raises(CheckpointError, match=r"bf16\.pth: cannot be read, perhaps cut short"):
+        open_umt5(folder)
+
+
 def test_impossible_settings() -> None:
     with pytest.raises(ConfigError, match="buckets of relative positions"):
         Umt5Config(9, 4, 2, 4, 1, 2, relative_attention_num_buckets=30)
