@@ -63,13 +63,13 @@ def added_fields(manifest: Manifest) -> set[str]:
 
 def is_added(engine: Path, key: str, source: Mapping[str, Any]) -> bool:
     """Whether the parts of `source` are in the engine under `key`, undamaged."""
-    manifest = read_manifest(engine)
-    if manifest.sources.get(key) != source:
-        return False
     try:
+        manifest = read_manifest(engine)
+        if manifest.sources.get(key) != source:
+            return False
         for name in source["parts"]:
             check_part(engine, manifest, name)
-    except EngineError:
+    except AsdError:
         return False
     return True
 

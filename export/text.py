@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from asd_rt.config import ModelConfig
+from asd_rt.engines import list_engines
 from asd_rt.errors import ConfigError, EngineError
 from asd_rt.machine import usable_cores
 from asd_rt.manifest import Part, TensorSpec, read_manifest
@@ -80,9 +81,12 @@ def add_text_encoder(
         log.info("%s: its text encoder is up to date", engine)
     if not stale:
         return
-    with scratch_folder(stale[0].parent) as scratch:
-        if current:
-            made = read_manifest(current[0])
+    folder = stale[0].parent
+    others = [] if force else [engine for engine in list_engines(folder) if engine not in engines]
+    donor = next((e for e in (*current, *others) if is_added(e, "text", told)), None)
+    with scratch_folder(folder) as scratch:
+        if donor is not None:
+            made = read_manifest(donor)
             parts = {name: made.parts[name] for name in told["parts"]}
             parity = made.parity["text"]
         else:

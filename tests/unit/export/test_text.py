@@ -159,6 +159,9 @@ def test_engines_of_a_folder_share_the_files(copy: Path, student: Path, umt5: Pa
     text_module.add_text_encoder(open_umt5(umt5), None, [copy / ENGINE, other], force=False)
     assert set(files(copy)) == before
     assert read_manifest(other).parts["text"] == manifest.parts["text"]
+    Path(f"{other}.json").write_text(json.dumps(plain))  # once more, asked for alone
+    text_module.add_text_encoder(open_umt5(umt5), None, [other], force=False)
+    assert set(files(copy)) == before
     verify(other, read_manifest(other))
     told = {"name": "none", "sha256": "0", "parts": []}
     replace_parts(other, "text", told, {}, {}, copy, tokenizer=None)
