@@ -143,7 +143,7 @@ def cache_bytes(
 def _context(session: Session) -> FloatArray:
     """The embedding of the first word the engine knows; numbers do as well where it reads no prompts."""
     manifest = session.manifest
-    if manifest.tokenizer is not None and "text" in manifest.parts:
+    if manifest.tokenizer is not None and manifest.tokenizer["kind"] == "vocabulary":
         words = manifest.tokenizer["words"]
         known = [word for word, token in words.items() if token]
         if known:

@@ -15,8 +15,12 @@ FORMAT_VERSION = 3
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
 BACKENDS = ("onnx", "tensorrt", "tensorrt_rtx")
 RUNTIMES = ("onnxruntime", "openvino", "tensorrt")  # what runs the passes
-PART_NAMES = ("denoiser", "weights", "joined", "time", "prompt", "text", "decoder", "encoder")
+PART_NAMES = (
+    *("denoiser", "weights", "joined", "time", "prompt", "text", "decoder", "encoder"),
+    *("text_weights", "tokenizer"),
+)
 REQUIRED_PARTS = ("denoiser", "time", "prompt")
+UMT5_PARTS = ("text", "text_weights", "tokenizer")
 SCHEMA = "docs/engine.md"
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -98,12 +102,13 @@ class Manifest:
         default_plan: {"steps": n, "first_steps": m}.
         fps: frames a second of the decoded video.
         display_scale: whole factor by which frames are enlarged for viewing.
-        tokenizer: None or {"kind": "vocabulary", "words": {word: id}}.
+        tokenizer: None, {"kind": "vocabulary", "words": {word: id}} or {"kind": "umt5", "max_tokens": n}.
         parts: files by part name.
         checkpoint: {"sha256", "name"} of the weights.
         tools: versions of what built it.
         gpus: ("sm89", ...), empty for onnx.
         parity: figures of the build's parity gate.
+        sources: {part: {"name", "sha256", ...}} of parts that came from elsewhere than the checkpoint.
     """
 
     name: str
@@ -124,6 +129,7 @@ class Manifest:
     runtime: str = "onnxruntime"
     gpus: tuple[str, ...] = ()
     parity: Json = field(default_factory=dict)
+    sources: Json = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
@@ -152,6 +158,7 @@ class Manifest:
             "tools": self.tools,
             "gpus": list(self.gpus),
             "parity": self.parity,
+            "sources": self.sources,
         }
 
 
@@ -247,19 +254,22 @@ def _problems(m: Manifest) -> list[str]:
           "default_plan", '{"steps": 1..4, "first_steps": 1..4}')  # fmt: skip
     check(_is_size(m.fps), "fps", "a whole number >= 1")
     check(_is_size(m.display_scale), "display_scale", "a whole number >= 1")
-    check(m.tokenizer is None or _is_vocabulary(m.tokenizer), "tokenizer",
-          'null or {"kind": "vocabulary", "words": {word: id}}')  # fmt: skip
+    check(m.tokenizer is None or _is_vocabulary(m.tokenizer) or _is_umt5(m.tokenizer), "tokenizer",
+          'null, {"kind": "vocabulary", "words": {}} or {"kind": "umt5", "max_tokens": n}')  # fmt: skip
     check(
         isinstance(m.gpus, tuple) and all(isinstance(g, str) for g in m.gpus),
         "gpus",
         "a list of names",
     )
-    for name in ("checkpoint", "tools", "parity"):
+    for name in ("checkpoint", "tools", "parity", "sources"):
         check(isinstance(getattr(m, name), dict), name, "an object")
+    if isinstance(m.sources, dict) and not all(map(_is_source, m.sources.values())):
+        found.append(f'sources must name their "parts", found {m.sources!r}')
     for name in m.parts:
         if name not in PART_NAMES:
             found.append(f"parts: unknown part {name}; known: {', '.join(PART_NAMES)}")
-    missing = [name for name in REQUIRED_PARTS if name not in m.parts]
+    required = REQUIRED_PARTS + (UMT5_PARTS if _is_umt5(m.tokenizer) else ())
+    missing = [name for name in required if name not in m.parts]
     if missing:
         found.append(f"parts: missing {', '.join(missing)}")
     return found
@@ -276,3 +286,14 @@ def _is_vocabulary(value: object) -> bool:
     return isinstance(words, dict) and all(
         isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in words.values()
     )
+
+
+def _is_source(value: object) -> bool:
+    parts = value.get("parts") if isinstance(value, dict) else None
+    return isinstance(parts, list) and all(isinstance(name, str) for name in parts)
+
+
+def _is_umt5(value: object) -> bool:
+    if not isinstance(value, dict) or set(value) != {"kind", "max_tokens"}:
+        return False
+    return value["kind"] == "umt5" and _is_size(value["max_tokens"])

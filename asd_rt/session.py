@@ -25,10 +25,11 @@ from asd_rt.engines import best_engine
 from asd_rt.errors import BackendError, ConfigError
 from asd_rt.frame_loop import Block, FrameLoop, Request
 from asd_rt.joining import joining_is_faster
-from asd_rt.manifest import REBUILD, Manifest
+from asd_rt.manifest import REBUILD, Manifest, late_parts
 from asd_rt.noise import check_seed
 from asd_rt.plan import Plan, count_blocks
 from asd_rt.schedule import Schedule
+from asd_rt.text_encoder import TextEncoder
 from asd_rt.warm_up import learn_costs
 
 FloatArray = NDArray[np.float32]
@@ -48,7 +49,9 @@ def open_session(
         EngineError: no such engine, or it is damaged.
         BackendError: its backend is absent or cannot run here.
     """
-    return Session(open_backend(best_engine() if engine is None else engine, threads), join)
+    return Session(
+        open_backend(best_engine() if engine is None else engine, threads), join, threads
+    )
 
 
 @dataclass(frozen=True)
@@ -70,8 +73,10 @@ class Replay:
 class Session:
     """An opened engine. One video at a time; close it or use it in a `with`."""
 
-    def __init__(self, engine: Engine, join: bool | None = None) -> None:
-        """A session on `engine`; `join` as in `open_session`.
+    def __init__(
+        self, engine: Engine, join: bool | None = None, threads: int | None = None
+    ) -> None:
+        """A session on `engine`; `join` and `threads` as in `open_session`.
 
         Raises:
             BackendError: joined passes are asked for, and the engine has none.
@@ -80,7 +85,9 @@ class Session:
             raise BackendError(f"{engine.path}: has no joined pass; build it again with: {REBUILD}")
         self._engine = engine
         self._asked_join = join
+        self._threads = threads
         self._costs = CostModel()
+        self._text: TextEncoder | None = None
 
     @property
     def engine(self) -> Engine:
@@ -104,14 +111,25 @@ class Session:
     def close(self) -> None:
         """Release the engine; may be called twice."""
         self._engine.close()
+        self._text = None
 
     def context(self, prompt: str) -> FloatArray:
-        """Text embedding [1, text_len, text_dim] of `prompt`.
+        """Text embedding [1, tokens <= text_len, text_dim] of `prompt`.
+
+        A UMT5 text encoder is opened when the first prompt comes that is not remembered from before
+        (`asd_rt.prompt_cache`), and released after each prompt where its weights are larger than 1 GB.
 
         Raises:
             PromptError: the engine cannot read it, or has no text part.
+            EngineError: the text encoder's files are absent or damaged.
+            BackendError: a package that reads prompts is absent.
         """
-        return self._engine.encode_prompt(prompt_tokens(self._engine.path, self.manifest, prompt))
+        path, manifest = self._engine.path, self.manifest
+        if not late_parts(manifest):
+            return self._engine.encode_prompt(prompt_tokens(path, manifest, prompt))
+        if self._text is None:
+            self._text = TextEncoder(path, manifest, self._threads)
+        return self._text.encode(prompt)
 
     def generate(
         self,

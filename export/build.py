@@ -16,6 +16,9 @@ from asd_rt.plan import FixedPlan
 from export.engine import Target, build_engine, plan_obstacle
 from export.settings import Overrides, Settings, resolve
 from export.tensorrt import NO_CARD_TARGETS, check_gpus, import_tensorrt
+from export.text import add_text_encoder, check_text
+from export.umt5_source import open_umt5
+from export.umt5_storage import PRECISIONS as TEXT_PRECISIONS
 from train.checkpoint import Checkpoint, load_checkpoint
 
 DEFAULT_OUT = Path("engines")
@@ -27,6 +30,8 @@ EXAMPLES = """examples:
       plans for RTX cards, on a machine without one
   python -m export.build --checkpoint my_student --target onnx --block-frames 1 --window-frames 6
       a checkpoint folder that does not say how it was trained
+  python -m export.build --checkpoint my_student --text-encoder Wan2.1-T2V-1.3B --text-precision int8
+      with UMT5 for prompts; added to an engine that is there already, it is all that is built
 """
 log = logging.getLogger("export")
 
@@ -121,6 +126,17 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="longest video without a window, 0 = no limit (default 0)",
     )
+    add(
+        "--text-encoder",
+        type=Path,
+        metavar="FOLDER",
+        help="UMT5 with its tokenizer, of transformers, diffusers or Wan: engines then take any prompt",
+    )
+    add(
+        "--text-precision",
+        choices=TEXT_PRECISIONS,
+        help="of its stored weights (default: fp16, fp32 where the source is); it computes in fp32",
+    )
     add("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
@@ -204,8 +220,16 @@ def build(args: argparse.Namespace) -> list[Path]:
     )
     settings = resolve(checkpoint, flags, plan)
     targets = choose_targets(args, settings)
+    if args.text_precision is not None and args.text_encoder is None:
+        raise ConfigError("--text-precision is for --text-encoder; name its folder")
+    text = None if args.text_encoder is None else open_umt5(args.text_encoder)
+    if text is not None:
+        check_text(text, checkpoint.config)
     out = _output_folder(args.out)
-    return [build_engine(checkpoint, settings, target, out, args.force) for target in targets]
+    engines = [build_engine(checkpoint, settings, target, out, args.force) for target in targets]
+    if text is not None:
+        add_text_encoder(text, args.text_precision, engines, args.force)
+    return engines
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

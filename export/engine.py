@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import logging
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
@@ -23,6 +20,13 @@ from asd_rt.manifest import (
     sha256_file,
     verify,
     write_manifest,
+)
+from export.bundle import (
+    added_fields,
+    added_parts,
+    carry_over,
+    remove_unnamed,
+    scratch_folder,
 )
 from export.calibrate import choose_scheme
 from export.lowering import LOWERINGS, runtime_of
@@ -93,11 +97,11 @@ def build_engine(
         log.info("%s is up to date", engine)
         return engine
     log.info("building %s from checkpoint %s", engine, checkpoint.name)
-    with _scratch(out) as scratch:
+    with scratch_folder(out) as scratch:
         began = perf_counter()
-        manifest = _fill(scratch, checkpoint, settings, target)
+        manifest = carry_over(engine, _fill(scratch, checkpoint, settings, target))
         write_manifest(scratch / target.file, manifest)
-        verify(scratch / target.file, manifest)
+        verify(scratch / target.file, manifest, skip=added_parts(manifest))
         _move_in(scratch, engine, manifest)
         size = sum(part.bytes for part in manifest.parts.values())
         log.info("wrote %s, %.1f MB in %d parts, %.0f s", engine, size / 1e6, len(manifest.parts),
@@ -192,11 +196,12 @@ def _is_current(engine: Path, wanted: Manifest) -> bool:
     mend = "use --force to replace it, or --out for another folder"
     try:
         found = read_manifest(engine)
-        verify(engine, found)
+        verify(engine, found, skip=added_parts(found))
     except AsdError as error:
         raise EngineError(f"{engine}: exists but is damaged; {mend} ({error})") from error
+    apart = {"parts", "parity", "sources"} | added_fields(found)
     old, new = (
-        {k: v for k, v in manifest.to_json().items() if k not in ("parts", "parity")}
+        {k: v for k, v in manifest.to_json().items() if k not in apart}
         for manifest in (found, wanted)
     )
     differing = [key for key in new if old[key] != new[key]]
@@ -207,30 +212,26 @@ def _is_current(engine: Path, wanted: Manifest) -> bool:
     return True
 
 
-@contextmanager
-def _scratch(out: Path) -> Iterator[Path]:
-    """A temporary folder inside `out`; nothing of it stays behind."""
-    scratch = None
-    try:
-        scratch = Path(tempfile.mkdtemp(prefix=".build-", dir=out))
-        yield scratch
-    except OSError as error:
-        raise EngineError(
-            f"--out {out}: cannot be written ({error.strerror or error}); choose another folder or make room"
-        ) from error
-    finally:
-        if scratch is not None:
-            shutil.rmtree(scratch, ignore_errors=True)
-
-
 def _move_in(scratch: Path, engine: Path, manifest: Manifest) -> None:
     """Put the finished files in place, the manifest last: until then the engine does not verify."""
     old = set(engine.parent.glob(f"{engine.stem}.*{engine.suffix}"))
+    added = _added_files(engine)
     manifest_path(engine).unlink(missing_ok=True)
-    files = [part.file for part in manifest.parts.values()]
+    own = manifest.parts.keys() - added_parts(manifest)
+    files = [manifest.parts[name].file for name in manifest.parts if name in own]
     for file in files:
         (scratch / file).chmod(0o644)
         (scratch / file).replace(engine.parent / file)
     for leftover in old - {engine.parent / file for file in files}:
         leftover.unlink()
     (scratch / manifest_path(engine).name).replace(manifest_path(engine))
+    remove_unnamed(engine.parent, added)
+
+
+def _added_files(engine: Path) -> list[str]:
+    """Files of the added parts of the engine that is there, if it can be read."""
+    try:
+        found = read_manifest(engine)
+    except AsdError:
+        return []
+    return [found.parts[name].file for name in added_parts(found)]

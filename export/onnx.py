@@ -18,12 +18,13 @@ from export.parts import PartModule, TensorShape
 MAX_BYTES = 2**31 - 2**20  # a protobuf file ends at 2 GB
 HALF_MIN_ELEMENTS = 1024
 
-_EXAMPLE_SIZES = {"B": 2, "F": 3, "P": 7, "h": 6, "w": 4, "rows": 24, "columns": 16}
+_EXAMPLE_SIZES = {"B": 2, "F": 3, "P": 7, "h": 6, "w": 4, "rows": 24, "columns": 16, "L": 5}
 _ELEMENT_TYPES = {
     torch.float32: TensorProto.FLOAT,
     torch.float16: TensorProto.FLOAT16,
     torch.int64: TensorProto.INT64,
     torch.bool: TensorProto.BOOL,
+    torch.int8: TensorProto.INT8,
 }
 
 
@@ -39,9 +40,13 @@ def _example_inputs(part: PartModule) -> tuple[torch.Tensor, ...]:
         height, width = (_size(n, sizes) for n in part.inputs["latents"][1][3:])
         sizes["T"] = sizes["F"] * (height // 2) * (width // 2)
         sizes["S"] = sizes["P"] + sizes["T"]
+    named = len(part.inputs) - part.stored
     return tuple(
-        torch.zeros([_size(n, sizes) for n in shape], dtype=dtype)
-        for dtype, shape in part.inputs.values()
+        # One zero seen as a whole weight takes no memory.
+        torch.zeros((), dtype=dtype).expand([_size(n, sizes) for n in shape])
+        if i >= named
+        else torch.zeros([_size(n, sizes) for n in shape], dtype=dtype)
+        for i, (dtype, shape) in enumerate(part.inputs.values())
     )
 
 
@@ -66,7 +71,7 @@ def export_part(name: str, part: PartModule, opset: int) -> onnx.ModelProto:
         for _, shape in part.inputs.values()
     ]
     # A pass takes its layers' tensors as *args, which torch.export sees as one tuple.
-    fixed = 4 if name in ("denoiser", "joined") else len(shapes)
+    fixed = 4 if name in ("denoiser", "joined") else len(shapes) - part.stored
     dynamic_shapes = (
         (*shapes[:fixed], tuple(shapes[fixed:])) if fixed < len(shapes) else tuple(shapes)
     )

@@ -34,11 +34,13 @@ class PartModule:
     Attributes:
         module: its `forward` takes `inputs` in their order and returns `outputs` in theirs.
         inputs, outputs: (dtype, shape) by name; a shape holds sizes and the symbols of docs/engine.md.
+        stored: how many of the last inputs are weights, which `forward` takes as *args.
     """
 
     module: nn.Module
     inputs: Mapping[str, TensorShape]
     outputs: Mapping[str, TensorShape]
+    stored: int = 0
 
 
 TensorShape = tuple[torch.dtype, tuple[int | str, ...]]

@@ -18,7 +18,7 @@ from asd_rt.backends.openvino import NAME, OpenVinoSession, import_openvino
 from asd_rt.backends.ort_denoiser import OrtDenoiser, run_errors
 from asd_rt.errors import BackendError, EngineError
 from asd_rt.machine import instruction_sets, usable_cores
-from asd_rt.manifest import REBUILD, Manifest, TensorSpec, part_path
+from asd_rt.manifest import REBUILD, Manifest, TensorSpec, late_parts, part_path
 
 CPU_PROVIDER = "CPUExecutionProvider"
 INSTALL = "pip install 'asd-rt[cpu]'"
@@ -44,7 +44,7 @@ def open_engine(
     """
     if threads is not None and (isinstance(threads, bool) or threads < 1):
         raise BackendError(f"threads must be a whole number >= 1, found {threads!r}")
-    ort = _import_onnxruntime()
+    ort = import_onnxruntime()
     if manifest.runtime == "openvino":
         import_openvino()
         if not {"amx_bf16", "avx512_bf16"} & set(instruction_sets()):
@@ -62,7 +62,7 @@ def open_engine(
     return OrtEngine(path, manifest, threads or usable_cores(), provider)
 
 
-def _import_onnxruntime() -> Any:
+def import_onnxruntime() -> Any:
     try:
         import onnxruntime
     except ImportError as error:
@@ -112,7 +112,13 @@ class OrtEngine:
         self._on_openvino = manifest.runtime == "openvino"
         self._fixes_sizes = self._on_openvino and bool(manifest.cache.window_frames)
         for part in manifest.parts:
-            late = ("encoder", "joined", "weights", *_PASSES[: self._fixes_sizes])
+            late = (
+                "encoder",
+                "joined",
+                "weights",
+                *_PASSES[: self._fixes_sizes],
+                *late_parts(manifest),
+            )
             if part not in late:
                 self.session(part)
         self.denoiser = OrtDenoiser(path, manifest, self.session)
@@ -143,7 +149,7 @@ class OrtEngine:
         if self._closed:
             raise BackendError(f"{self.path}: the engine is closed; open it again with asd_rt.open")
         file, spec = part_path(self.path, self.manifest, part), self.manifest.parts[part]
-        ort, on_openvino = _import_onnxruntime(), self._on_openvino and part in _PASSES
+        ort, on_openvino = import_onnxruntime(), self._on_openvino and part in _PASSES
         try:
             if on_openvino:
                 _log.info("compiling %s for %s", file, dict(fixed) or "any size")

@@ -115,7 +115,9 @@ def _text(document: dict[str, Any], manifest: Manifest, problems: dict[str, str 
 
 def _prompts(manifest: Manifest) -> str:
     if manifest.tokenizer is None:
-        return "none: takes embeddings (asd-rt replay)"
+        return "none: takes embeddings (--prompt-embeds)"
+    if manifest.tokenizer["kind"] == "umt5":
+        return f"UMT5, at most {manifest.tokenizer['max_tokens']} tokens that count"
     return f"{len(manifest.tokenizer['words'])} words, at most {manifest.model.text_len} that count"
 
 
