@@ -22,11 +22,12 @@ from typing import Any
 from torch import Tensor
 
 from asd_rt.errors import CheckpointError, ConfigError
-from export.lazy_tensors import LazyTensor, open_tensors
 from export.umt5 import TABLE, Umt5Config, is_matrix
 from export.umt5_tokenizer import find_tokenizer
+from train.formats.tensors import Stored, open_file
 
 MAX_LISTED = 20
+FLOAT_TYPES = ("F32", "F16", "BF16")
 OFFICIAL = "models_t5*.pth"
 INDEX = "model.safetensors.index.json"
 LAYOUTS = (
@@ -103,9 +104,9 @@ def open_umt5(folder: Path) -> Umt5Source:
     official, config_file = _find(folder)
     settings = None if config_file is None else _read_config(config_file)
     files = official if config_file is None else _safetensors(config_file.parent)
-    tensors: dict[str, LazyTensor] = {}
+    tensors: dict[str, Stored] = {}
     for file in files:
-        tensors |= open_tensors(file)
+        tensors |= open_file(file).tensors
     where = str(files[0] if len(files) == 1 else files[0].parent)
     tensors = _official(where, tensors)
     config = settings or _config_of_shapes(where, tensors)
@@ -118,7 +119,7 @@ def open_umt5(folder: Path) -> Umt5Source:
         digest.update(f"{file.name} {content}\n".encode())
     digest.update(f"{tokenizer_file.name} {hashlib.sha256(tokenizer).hexdigest()}\n".encode())
     needed = {name: tensors[_stored_name(name)] for name in config.shapes()}
-    is_half = all("16" in tensor.kind for name, tensor in needed.items() if is_matrix(name))
+    is_half = all("16" in tensor.dtype for name, tensor in needed.items() if is_matrix(name))
     readers = {name: tensor.read for name, tensor in needed.items()}
     name = folder.resolve().name
     return Umt5Source(name, digest.hexdigest(), config, tokenizer, is_half, readers)
@@ -172,7 +173,7 @@ def _stored_name(name: str) -> str:
     return f"{name}.0.weight" if name.endswith("ffn.gate") else f"{name}.weight"
 
 
-def _official(where: str, tensors: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
+def _official(where: str, tensors: dict[str, Stored]) -> dict[str, Stored]:
     """The tensors by their official names; what an encoder does not need is left out."""
     quantised = [name for name in tensors if _QUANTISED.fullmatch(name)]
     if quantised:
@@ -219,7 +220,7 @@ def _read_config(file: Path) -> Umt5Config:
         raise ConfigError(f"{file}: {error}") from error
 
 
-def _config_of_shapes(where: str, tensors: Mapping[str, LazyTensor]) -> Umt5Config:
+def _config_of_shapes(where: str, tensors: Mapping[str, Stored]) -> Umt5Config:
     layers = {int(m[1]) for name in tensors if (m := re.match(r"blocks\.(\d+)\.", name))}
 
     def shape(name: str) -> tuple[int, ...]:
@@ -243,7 +244,7 @@ def _config_of_shapes(where: str, tensors: Mapping[str, LazyTensor]) -> Umt5Conf
     )
 
 
-def _check(where: str, config: Umt5Config, tensors: Mapping[str, LazyTensor]) -> None:
+def _check(where: str, config: Umt5Config, tensors: Mapping[str, Stored]) -> None:
     """Raise one CheckpointError that lists every missing, extra, misshapen or wrongly typed weight."""
     expected = {}
     for name, shape in config.shapes().items():
@@ -258,8 +259,8 @@ def _check(where: str, config: Umt5Config, tensors: Mapping[str, LazyTensor]) ->
             problems.append(
                 f"{name} misshapen: expected {list(expected[name])}, found {list(tensor.shape)}"
             )
-        elif not tensor.is_float:
-            problems.append(f"{name} of type {tensor.kind}: expected float32, float16 or bfloat16")
+        elif tensor.dtype not in FLOAT_TYPES:
+            problems.append(f"{name} of type {tensor.dtype}: expected {', '.join(FLOAT_TYPES)}")
     if problems:
         more = [] if len(problems) <= MAX_LISTED else [f"and {len(problems) - MAX_LISTED} more"]
         raise CheckpointError(

@@ -151,11 +151,12 @@ def _open_torch(path: Path, zipped: bool) -> Contents:
             warnings.simplefilter("ignore")
             value: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except TORCH_ERRORS as error:
-        code = re.search(r"(?:GLOBAL|global:?) ([A-Za-z_][\w.]*\.\w+)", str(error))
+        # "Unsupported global: GLOBAL os.system was not ...": a name, of a built-in without its module.
+        code = re.search(r"GLOBAL ([A-Za-z_][\w.]*)|global:? ([A-Za-z_][\w.]*\.\w+)", str(error))
         if code is not None:
             raise CheckpointError(
-                f"{path}: holds pickled code ({code[1]}), which is never run; give a file with tensors "
-                "alone, such as .safetensors"
+                f"{path}: holds pickled code ({code[1] or code[2]}), which is never run; give a file with "
+                "tensors alone, such as .safetensors"
             ) from error
         raise CheckpointError(
             f"{path}: not a readable .pt file, perhaps cut short ({_line(error)}); {AGAIN}"
