@@ -11,10 +11,13 @@ from typing import Any, TypeVar
 from asd_rt.config import CacheConfig, ModelConfig, from_mapping
 from asd_rt.errors import ConfigError, EngineError
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
 BACKENDS = ("onnx", "tensorrt", "tensorrt_rtx")
-PART_NAMES = ("denoiser", "weights", "joined", "time", "prompt", "text", "decoder", "encoder")
+CODEC_GRAPHS = ("decoder_first", "decoder", "encoder_first", "encoder")
+CODEC_PARTS = (*CODEC_GRAPHS, "codec_weights")
+PART_NAMES = ("denoiser", "weights", "joined", "time", "prompt", "text", *CODEC_PARTS)
+CODEC_KINDS = ("linear", "wan", "taehv")
 REQUIRED_PARTS = ("denoiser", "time", "prompt")
 SCHEMA = "docs/engine.md"
 
@@ -98,6 +101,9 @@ class Manifest:
         display_scale: whole factor by which frames are enlarged for viewing.
         tokenizer: None or {"kind": "vocabulary", "words": {word: id}}.
         parts: files by part name.
+        codec: None, or {"kind": linear, wan or taehv; "spatial": pixels a latent pixel is wide; "temporal":
+            frames a latent frame is long (the first is one)}, and where it is not the checkpoint's own
+            "name", "sha256" and "precision".
         checkpoint: {"sha256", "name"} of the weights.
         tools: versions of what built it.
         gpus: ("sm89", ...), empty for onnx.
@@ -121,6 +127,7 @@ class Manifest:
     tools: Json
     gpus: tuple[str, ...] = ()
     parity: Json = field(default_factory=dict)
+    codec: Json | None = None
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
@@ -143,6 +150,7 @@ class Manifest:
             "fps": self.fps,
             "display_scale": self.display_scale,
             "tokenizer": self.tokenizer,
+            "codec": self.codec,
             "parts": {name: part.to_json() for name, part in self.parts.items()},
             "checkpoint": self.checkpoint,
             "tools": self.tools,
@@ -244,6 +252,8 @@ def _problems(m: Manifest) -> list[str]:
     check(_is_size(m.display_scale), "display_scale", "a whole number >= 1")
     check(m.tokenizer is None or _is_vocabulary(m.tokenizer), "tokenizer",
           'null or {"kind": "vocabulary", "words": {word: id}}')  # fmt: skip
+    check(m.codec is None or _is_codec(m.codec), "codec",
+          'null or {"kind": one of linear, wan, taehv; "spatial": n, "temporal": n}')  # fmt: skip
     check(
         isinstance(m.gpus, tuple) and all(isinstance(g, str) for g in m.gpus),
         "gpus",
@@ -257,7 +267,37 @@ def _problems(m: Manifest) -> list[str]:
     missing = [name for name in REQUIRED_PARTS if name not in m.parts]
     if missing:
         found.append(f"parts: missing {', '.join(missing)}")
+    if not found:
+        found += _codec_problems(m)
     return found
+
+
+def _codec_problems(m: Manifest) -> list[str]:
+    """Where `codec` and the codec's parts do not go together."""
+    graphs = [name for name in CODEC_GRAPHS if name in m.parts]
+    if m.codec is None:
+        return [f"codec: null, but there is a {graphs[0]} part"] if graphs else []
+    if "decoder" not in m.parts:
+        return ["parts: missing decoder, which codec describes"]
+    first = m.codec["temporal"] > 1
+    return [
+        f"parts: {'missing' if first else 'unexpected'} {name}_first for a codec that makes "
+        f"{m.codec['temporal']} frames of a latent frame"
+        for name in ("decoder", "encoder")
+        if name in m.parts and (f"{name}_first" in m.parts) != first
+    ]
+
+
+def _is_codec(value: object) -> bool:
+    required, source = {"kind", "spatial", "temporal"}, {"name", "sha256", "precision"}
+    return (
+        isinstance(value, dict)
+        and set(value) in (required, required | source)
+        and value["kind"] in CODEC_KINDS
+        and _is_size(value["spatial"])
+        and _is_size(value["temporal"])
+        and all(isinstance(value[key], str) for key in source if key in value)
+    )
 
 
 def _is_vocabulary(value: object) -> bool:

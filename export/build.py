@@ -13,10 +13,13 @@ from typing import NoReturn
 import train
 from asd_rt.errors import AsdError, BackendError, ConfigError, EngineError
 from asd_rt.plan import FixedPlan
+from export.codec import PRECISIONS as VAE_PRECISIONS
+from export.codec import CodecChoice, check_codec
 from export.engine import Target, build_engine, plan_obstacle
 from export.settings import Overrides, Settings, resolve
 from export.tensorrt import NO_CARD_TARGETS, check_gpus, import_tensorrt
 from train.checkpoint import Checkpoint, load_checkpoint
+from train.vae_weights import load_codec
 
 DEFAULT_OUT = Path("engines")
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
@@ -93,6 +96,19 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="FOLDER",
         help="an existing folder (default: engines, made if absent)",
     )
+    add(
+        "--vae",
+        type=Path,
+        metavar="PATH",
+        help="its video codec: the vae folder of Wan2.1 (diffusers), Wan2.1_VAE.pth, or taew2_1; an engine "
+        "that is up to date gets its codec parts alone",
+    )
+    add(
+        "--vae-precision",
+        choices=VAE_PRECISIONS,
+        default="fp32",
+        help="of the codec's weights and caches; fp16 is computed with in float32 (default fp32)",
+    )
     add("--force", action="store_true", help="replace engines that differ")
     add("--block-frames", type=int, metavar="N", help="latent frames denoised together (default 3)")
     add(
@@ -109,7 +125,10 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add("--timestep-shift", type=float, metavar="S", help="of the noise schedule (default 5)")
     add(
-        "--latent-size", type=_latent_size, metavar="HxW", help="fix the latent size (default: any)"
+        "--latent-size",
+        type=_latent_size,
+        metavar="HxW",
+        help="fix the latent size, pixels / 8 with a VAE (default: any)",
     )
     add(
         "--max-frames",
@@ -205,8 +224,28 @@ def build(args: argparse.Namespace) -> list[Path]:
     )
     settings = resolve(checkpoint, flags, plan)
     targets = choose_targets(args, settings)
+    codec = _codec(args, checkpoint)
     out = _output_folder(args.out)
-    return [build_engine(checkpoint, settings, target, out, args.force) for target in targets]
+    return [
+        build_engine(checkpoint, settings, target, out, args.force, codec) for target in targets
+    ]
+
+
+def _codec(args: argparse.Namespace, checkpoint: Checkpoint) -> CodecChoice | None:
+    """What --vae names.
+
+    Raises:
+        AsdError: it cannot be read, or does not belong to the checkpoint.
+    """
+    if args.vae is None:
+        return None
+    if checkpoint.codec is not None:
+        raise ConfigError(
+            f"--vae {args.vae}: checkpoint {checkpoint.name} has its own codec; leave the flag out"
+        )
+    codec = load_codec(args.vae)
+    check_codec(codec, checkpoint.config.out_dim, f"checkpoint {checkpoint.name}")
+    return CodecChoice(codec, args.vae_precision)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,16 +17,17 @@ from asd_rt.errors import AsdError, EngineError
 from asd_rt.manifest import (
     Manifest,
     Part,
-    TensorSpec,
     manifest_path,
     read_manifest,
     sha256_file,
     verify,
     write_manifest,
 )
-from export.onnx import dtype_name, export_part, serialize
+from export.bundle import replace_parts, write_part
+from export.codec import CodecChoice, fill_codec
+from export.onnx import export_part, serialize
 from export.parity import measure
-from export.parts import LOWERINGS, PartModule, TensorShape, engine_parts
+from export.parts import LOWERINGS, PartModule, engine_parts
 from export.settings import Settings, make_manifest
 from export.tensorrt import build_plan, import_tensorrt, profile_ranges
 from export.weights import share_weights
@@ -74,11 +75,16 @@ def plan_obstacle(settings: Settings, precision: str) -> str | None:
 
 
 def build_engine(
-    checkpoint: Checkpoint, settings: Settings, target: Target, out: Path, force: bool
+    checkpoint: Checkpoint,
+    settings: Settings,
+    target: Target,
+    out: Path,
+    force: bool,
+    codec: CodecChoice | None = None,
 ) -> Path:
     """Build one engine in a temporary folder, gate it, and move it into `out`; returns its path.
 
-    An engine that is there already and up to date is left alone.
+    An engine that is there already and up to date is left alone, but for a codec that differs.
 
     Args:
         checkpoint: the weights.
@@ -86,6 +92,8 @@ def build_engine(
         target: backend, precision and cards.
         out: an existing folder.
         force: replace an engine that differs.
+        codec: to be a part of it; None = the checkpoint's own, if any. An engine that is up to date keeps the
+            one that it has.
 
     Raises:
         EngineError: `out` cannot be written, a differing engine is there, or the result fails its gate.
@@ -94,13 +102,19 @@ def build_engine(
     wanted = make_manifest(
         checkpoint, settings, target.precision, target.backend, _NO_PARTS, target.gpus
     )
-    if not force and _is_current(engine, wanted):
-        log.info("%s is up to date", engine)
+    found = None if force else _current(engine, wanted)
+    if found is not None:
+        if codec is None or found.codec == codec.field:
+            log.info("%s is up to date", engine)
+        else:
+            _replace_codec(engine, found, codec, LOWERINGS[target.runtime].opset)
         return engine
     log.info("building %s from checkpoint %s", engine, checkpoint.name)
     with _scratch(out) as scratch:
         began = perf_counter()
         manifest = _fill(scratch, checkpoint, settings, target)
+        if codec is not None:
+            manifest, _ = fill_codec(scratch, manifest, codec, LOWERINGS[target.runtime].opset)
         write_manifest(scratch / target.file, manifest)
         verify(scratch / target.file, manifest)
         _move_in(scratch, engine, manifest)
@@ -108,6 +122,14 @@ def build_engine(
         log.info("wrote %s, %.1f MB in %d parts, %.0f s", engine, size / 1e6, len(manifest.parts),
                  perf_counter() - began)  # fmt: skip
     return engine
+
+
+def _replace_codec(engine: Path, found: Manifest, codec: CodecChoice, opset: int) -> None:
+    log.info("building the codec of %s from %s", engine, codec.codec.name)
+    with _scratch(engine.parent) as scratch:
+        manifest, made = fill_codec(scratch, found, codec, opset)
+        replace_parts(engine, found, manifest, made, scratch)
+        verify(engine, manifest)
 
 
 _NO_PARTS = {name: Part(name, "0" * 64, 0) for name in ("denoiser", "time", "prompt")}
@@ -163,29 +185,21 @@ def _fill(scratch: Path, checkpoint: Checkpoint, settings: Settings, target: Tar
 def _write(
     folder: Path, stem: str, name: str, suffix: str, content: bytes, module: PartModule
 ) -> Part:
-    file = f"{stem}{suffix}" if name == "denoiser" else f"{stem}.{name}{suffix}"
-    (folder / file).write_bytes(content)
-    return Part(
-        file,
-        sha256_file(folder / file),
-        len(content),
-        _specs(module.inputs),
-        _specs(module.outputs),
-    )
+    file = folder / (f"{stem}{suffix}" if name == "denoiser" else f"{stem}.{name}{suffix}")
+    file.write_bytes(content)
+    return write_part(file, module)
 
 
-def _specs(tensors: Mapping[str, TensorShape]) -> dict[str, TensorSpec]:
-    return {name: TensorSpec(dtype_name(dtype), shape) for name, (dtype, shape) in tensors.items()}
+def _current(engine: Path, wanted: Manifest) -> Manifest | None:
+    """The manifest of the engine that is there, if it is what would be built; None where there is none.
 
-
-def _is_current(engine: Path, wanted: Manifest) -> bool:
-    """Whether the engine that is there is what would be built.
+    Its codec may be another: that is built by itself.
 
     Raises:
         EngineError: it is there, whole or damaged, and would come out differently.
     """
     if not engine.exists() and not manifest_path(engine).exists():
-        return False
+        return None
     mend = "use --force to replace it, or --out for another folder"
     try:
         found = read_manifest(engine)
@@ -193,7 +207,7 @@ def _is_current(engine: Path, wanted: Manifest) -> bool:
     except AsdError as error:
         raise EngineError(f"{engine}: exists but is damaged; {mend} ({error})") from error
     old, new = (
-        {k: v for k, v in manifest.to_json().items() if k not in ("parts", "parity")}
+        {k: v for k, v in manifest.to_json().items() if k not in ("parts", "parity", "codec")}
         for manifest in (found, wanted)
     )
     differing = [key for key in new if old[key] != new[key]]
@@ -201,7 +215,7 @@ def _is_current(engine: Path, wanted: Manifest) -> bool:
         raise EngineError(
             f"{engine}: exists and was built with another {', '.join(differing)}; {mend}"
         )
-    return True
+    return found
 
 
 @contextmanager
@@ -223,6 +237,7 @@ def _scratch(out: Path) -> Iterator[Path]:
 def _move_in(scratch: Path, engine: Path, manifest: Manifest) -> None:
     """Put the finished files in place, the manifest last: until then the engine does not verify."""
     old = set(engine.parent.glob(f"{engine.stem}.*{engine.suffix}"))
+    old |= set(engine.parent.glob(f"{engine.stem}.*weights"))
     manifest_path(engine).unlink(missing_ok=True)
     files = [part.file for part in manifest.parts.values()]
     for file in files:

@@ -4,10 +4,10 @@ Frames are the batch axis here, [F, C, rows, columns]: one video at a time, and 
 is a sum of two-dimensional ones, one a tap, over shifted frames. That is the same numbers as Conv3d, twice as
 fast in ONNX Runtime, and a first frame, which has nothing before it, needs the last tap alone.
 
-A step is `module(x, caches) -> (y, caches)`. The first step of a video takes `None` for the caches and exactly
-one frame; later ones take any number of latent frames (the encoder: of groups of 4 frames). A causal
-convolution keeps 2 frames of its input. The temporal up-samplers pass the first frame through as it is and do
-not remember it; the temporal down-samplers pass it through and remember it.
+A step is `module(x, caches) -> (y, caches)`. The first step of a video takes `None` for the caches and
+exactly one frame; later ones take any number of latent frames (the encoder: of groups of 4 frames). A causal
+convolution keeps 2 frames of its input. The temporal up-samplers pass the first frame through as it is and
+do not remember it; the temporal down-samplers pass it through and remember it.
 
 Module and parameter names are those of the official Wan2.1_VAE.pth.
 """
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -250,7 +251,7 @@ class Encoder(nn.Module):
         widths = [config.base_dim * n for n in (1, *config.dim_mult)]
         self.conv1 = CausalConv(3, widths[0])
         layers: list[nn.Module] = []
-        for stage, (inputs, outputs) in enumerate(zip(widths, widths[1:], strict=False)):
+        for stage, (inputs, outputs) in enumerate(pairwise(widths)):
             for block in range(config.num_res_blocks):
                 layers.append(ResidualBlock(outputs if block else inputs, outputs))
             if stage < 3:
@@ -277,7 +278,7 @@ class Decoder(nn.Module):
         self.conv1 = CausalConv(config.z_dim, widths[0])
         self.middle = _middle(widths[0])
         layers: list[nn.Module] = []
-        for stage, (before, outputs) in enumerate(zip(widths, widths[1:], strict=False)):
+        for stage, (before, outputs) in enumerate(pairwise(widths)):
             inputs = before // 2 if stage else before  # an Upsample halves the channels
             for block in range(config.num_res_blocks + 1):
                 layers.append(ResidualBlock(outputs if block else inputs, outputs))
@@ -348,9 +349,7 @@ class WanEncoder(nn.Module):
     def __init__(self, vae: WanVae) -> None:
         super().__init__()
         self.encoder = vae.encoder
-        mean, std = (
-            torch.tensor(v) for v in (vae.config.latents_mean, vae.config.latents_std)
-        )
+        mean, std = (torch.tensor(v) for v in (vae.config.latents_mean, vae.config.latents_std))
         channels = vae.config.z_dim
         weight, bias = vae.conv1.taps[0].detach()[:channels], vae.conv1.bias.detach()[:channels]
         self.weight = nn.Parameter(weight / std.view(-1, 1, 1, 1))

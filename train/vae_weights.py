@@ -1,8 +1,8 @@
 """Weights of video codecs from the files that users have, all or nothing, as one `VideoCodec`.
 
-Recognised by their tensor names: diffusers' AutoencoderKLWan (config.json + diffusion_pytorch_model.safetensors),
-the official Wan2.1_VAE.pth or a .safetensors with its names, and TAEHV's taew2_1 (.pth or .safetensors). Stored
-as float32, float16 or bfloat16, loaded as float32. A .pth is read with weights_only: no code in it runs.
+Recognised by their tensor names: diffusers' AutoencoderKLWan (a folder with config.json), the official
+Wan2.1_VAE.pth or a .safetensors with its names, and TAEHV's taew2_1 (.pth or .safetensors). Stored as
+float32, float16 or bfloat16, loaded as float32. A .pth is read with weights_only: no code in it runs.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ CONFIG, DIFFUSERS = "config.json", "diffusion_pytorch_model.safetensors"
 OFFICIAL = "Wan2.1_VAE.pth"
 MAX_LISTED = 40
 KINDS = (
-    f"a folder with {CONFIG} and {DIFFUSERS} (or with vae/ or {OFFICIAL} in it), {OFFICIAL} itself, or taew2_1 "
-    "as .pth or .safetensors"
+    f"a folder with {CONFIG} and {DIFFUSERS} (or with vae/ or {OFFICIAL} in it), {OFFICIAL} itself, or "
+    "taew2_1 as .pth or .safetensors"
 )
 # Keys of config.json that say nothing, and those that must say this, for they make another network.
 _IGNORED = frozenset({"_class_name", "_diffusers_version", "_name_or_path", "dropout"})
@@ -116,7 +116,9 @@ def _ready(module: nn.Module) -> nn.Module:
     return module.eval().requires_grad_(False)
 
 
-def _taehv(file: Path, tensors: Mapping[str, Tensor], channels: int, widths: tuple[int, ...]) -> Any:
+def _taehv(
+    file: Path, tensors: Mapping[str, Tensor], channels: int, widths: tuple[int, ...]
+) -> Any:
     outputs = tensors.get("decoder.22.weight")
     if outputs is not None and len(outputs) != 3:
         raise CheckpointError(
@@ -160,8 +162,8 @@ def _read_config(path: Path) -> WanVaeConfig:
     kind = values.get("_class_name")
     if kind != "AutoencoderKLWan":
         raise CheckpointError(
-            f"{path}: is a {kind or 'model of no named class'}, expected AutoencoderKLWan; the VAE of another "
-            "model cannot read this one's latents: get the vae/ folder of Wan2.1"
+            f"{path}: is a {kind or 'model of no named class'}, expected AutoencoderKLWan; the VAE of "
+            "another model cannot read these latents: get the vae/ folder of Wan2.1"
         )
     wrong = [
         f"{key} {values[key]!r} (expected {allowed[0]!r})"
@@ -170,8 +172,8 @@ def _read_config(path: Path) -> WanVaeConfig:
     ]
     if wrong:
         raise CheckpointError(
-            f"{path}: not the VAE of Wan2.1 (perhaps that of Wan2.2 5B): {', '.join(wrong)}; get the vae/ folder "
-            "of Wan2.1"
+            f"{path}: not the VAE of Wan2.1 (perhaps that of Wan2.2 5B): {', '.join(wrong)}; get the "
+            "vae/ folder of Wan2.1"
         )
     kept = {k: v for k, v in values.items() if k not in _IGNORED and k not in _FIXED}
     lists = ("dim_mult", "temperal_downsample", "latents_mean", "latents_std")
@@ -216,13 +218,10 @@ def _checked(file: Path, tensors: Mapping[str, Tensor], expected: Shapes) -> dic
         if shape is None:
             problems.append(f"{key} extra {list(value.shape)}")
         elif tuple(value.shape) != shape:
-            problems.append(
-                f"{key} misshapen: expected {list(shape)}, found {list(value.shape)}"
-            )
+            problems.append(f"{key} misshapen: expected {list(shape)}, found {list(value.shape)}")
         elif value.dtype not in _FLOATS:
-            problems.append(
-                f"{key} of type {str(value.dtype).removeprefix('torch.')}: expected float32, float16 or bfloat16"
-            )
+            kind = str(value.dtype).removeprefix("torch.")
+            problems.append(f"{key} of type {kind}: expected float32, float16 or bfloat16")
         elif not torch.isfinite(value).all():
             problems.append(f"{key} holds infinite or not-a-number values")
     if problems:
@@ -243,8 +242,8 @@ def _config_of(file: Path, tensors: Mapping[str, Tensor]) -> WanVaeConfig:
     if not (len(first) == len(last) == len(latent) == 5):
         shown = ", ".join(sorted(tensors)[:3]) or "nothing"
         raise CheckpointError(
-            f"{file}: not a codec of Wan2.1; expected {' and '.join(keys)} with 5 axes, found {shown}; a video "
-            f"codec is {KINDS}"
+            f"{file}: not a codec of Wan2.1; expected {' and '.join(keys)} with 5 axes, found {shown}; a "
+            f"video codec is {KINDS}"
         )
     defaults = WanVaeConfig()
     if latent[0] != defaults.z_dim:
@@ -279,7 +278,7 @@ _NAME = re.compile(
 
 
 def _official_name(key: str, told: WanVaeConfig | None) -> str:
-    """diffusers' name of a tensor -> the official one; without diffusers' config the name is official already."""
+    """diffusers' name of a tensor -> the official one; without diffusers' config it is official already."""
     match = _NAME.fullmatch(key) if told is not None else None
     if match is None or told is None:
         return key
@@ -302,5 +301,7 @@ def _digest(files: list[Path]) -> str:
     whole = hashlib.sha256()
     for path in files:
         with path.open("rb") as file:
-            whole.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+            whole.update(
+                f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode()
+            )
     return whole.hexdigest()

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from asd_rt.backends.base import FloatArray
 from asd_rt.backends.openvino import NAME, OpenVinoSession, import_openvino
+from asd_rt.backends.ort_codec import OrtCodecStream
 from asd_rt.backends.ort_denoiser import OrtDenoiser, run_errors
 from asd_rt.errors import BackendError, EngineError
 from asd_rt.machine import instruction_sets, usable_cores
@@ -23,6 +24,7 @@ from asd_rt.manifest import REBUILD, Manifest, TensorSpec, part_path
 CPU_PROVIDER = "CPUExecutionProvider"
 INSTALL = "pip install 'asd-rt[cpu]'"
 SMALL_BYTES = 16 << 20  # of an engine's weights
+_LATE = ("joined", "encoder_first", "encoder", "weights", "codec_weights")  # or never
 _PASSES = ("denoiser", "joined")  # the parts that run all the time
 _log = logging.getLogger(__name__)
 
@@ -109,8 +111,7 @@ class OrtEngine:
         self._on_openvino = manifest.precision == "bf16"
         self._fixes_sizes = self._on_openvino and bool(manifest.cache.window_frames)
         for part in manifest.parts:
-            late = ("encoder", "joined", "weights", *_PASSES[: self._fixes_sizes])
-            if part not in late:
+            if part not in (*_LATE, *_PASSES[: self._fixes_sizes]):
                 self.session(part)
         self.denoiser = OrtDenoiser(path, manifest, self.session)
 
@@ -198,11 +199,9 @@ class OrtEngine:
     def encode_prompt(self, tokens: NDArray[np.int64]) -> FloatArray:
         return self.run_part("text", "context", tokens=tokens)
 
-    def decode(self, latents: FloatArray) -> FloatArray:
-        return self.run_part("decoder", "frames", latents=latents)
-
-    def encode(self, frames: FloatArray) -> FloatArray:
-        return self.run_part("encoder", "latents", frames=frames)
+    def codec_stream(self, part: str, latent_hw: tuple[int, int]) -> OrtCodecStream:
+        part_path(self.path, self.manifest, part)  # raises where there is none
+        return OrtCodecStream(self.path, self.manifest, part, latent_hw, self.session)
 
     def close(self) -> None:
         self._closed = True

@@ -18,6 +18,7 @@ from asd_rt.commands.common import (
     add_plan,
     find_engine,
 )
+from asd_rt.decoding import block_frame_count, temporal_factor
 from asd_rt.frame_loop import Block
 from asd_rt.kv_cache import FrameSlots
 from asd_rt.noise import MAX_SEED
@@ -42,7 +43,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `run`."""
     add_engine(parser)
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="what to show")
-    parser.add_argument("--frames", metavar="N", help="latent frames (default: 48)")
+    parser.add_argument(
+        "--frames",
+        metavar="N",
+        help="latent frames (default: 48); an engine whose decoder is 4 frames long shows 4 for each but the "
+        "first",
+    )
     parser.add_argument(
         "--seed", metavar="N", default="0", help="same seed, same video (default: 0)"
     )
@@ -128,7 +134,7 @@ class _Stream:
         `asked` is for the session's `generate`.
         """
         manifest = self._session.manifest
-        size = manifest.cache.block_frames
+        size, temporal = manifest.cache.block_frames, temporal_factor(manifest)
         begin = perf_counter()
         blocks = self._session.generate(prompt, frames=self._frames, **asked)
         with (
@@ -141,7 +147,8 @@ class _Stream:
                 frames, block.frames = block.frames, None
                 if frames is None:
                     continue
-                wanted = min(size, self._frames - block.first_frame) * len(frames) // size
+                latent = min(size, self._frames - block.first_frame)
+                wanted = block_frame_count(temporal, block.first_frame, latent)
                 frames = frames[:wanted]
                 if self._scale > 1:
                     frames = frames.repeat(self._scale, axis=1).repeat(self._scale, axis=2)
@@ -157,6 +164,7 @@ class _Stream:
         decode_ms = sum(block.decode_ms or 0.0 for block in self._blocks)
         return {
             "frames": frames,
+            "latent_frames": self._frames,
             "steps": [block.steps for block in self._blocks],
             "time_to_first_frame_ms": round(self._first_frame_ms, 3),
             "fps_with_decode": round(1e3 * frames / whole_ms, 2),
