@@ -27,10 +27,12 @@ SIDES = {
     "decoder": ("latents", "frames"),
     "encoder": ("frames", "latents"),
 }  # what goes in, what comes out
-STEP_BYTES = 512 << 20  # working memory that a step of several latent frames may take
-# Arrays of the widest layer that are alive at once in ONNX Runtime: a residual block's input, its normed and
-# extended copies, shifted slices, and the sum.
-LIVE_ARRAYS = 8
+STEP_BYTES = 2 << 30  # working memory that a step of several latent frames may take
+# What ONNX Runtime took at most, in arrays of the widest layer (measured at 16x26 and 30x52): 12 of them alive
+# at once, and twice as much with its arena, which grows by doubling; and what a heap loses.
+LIVE_ARRAYS, ARENA_GROWTH, SLACK_BYTES = 12, 2, 256 << 20
+# A full VAE takes so long on a CPU that allocating anew costs nothing; the arena would cost memory.
+LARGE_CODEC_BYTES = 128 << 20
 _SCALED = re.compile(r"(\d*)([A-Za-z]\w*)")
 
 
@@ -90,6 +92,12 @@ def frame_size(manifest: Manifest, part: str, latent_hw: tuple[int, int]) -> tup
     return latent_hw[0] * spatial, latent_hw[1] * spatial
 
 
+def has_large_codec(manifest: Manifest) -> bool:
+    """Whether the codec's parts run without ONNX Runtime's arena."""
+    weights = manifest.parts.get("codec_weights")
+    return weights is not None and weights.bytes >= LARGE_CODEC_BYTES
+
+
 @dataclass(frozen=True, slots=True)
 class CodecMemory:
     """Bytes of one direction of a codec, weights left out.
@@ -127,10 +135,11 @@ def codec_memory(
     widest = max([pixels, *(prod(shape[1:]) for shape, _ in states)])
     # The attention of a Wan codec's smallest stage holds scores of all its pixels, twice.
     scores = 2 * prod(latent_hw) ** 2 if (manifest.codec or {}).get("kind") == "wan" else 0
-    each = 4 * (LIVE_ARRAYS * temporal * widest + scores)
+    arrays = LIVE_ARRAYS * (1 if has_large_codec(manifest) else ARENA_GROWTH)
+    each = 4 * (arrays * temporal * widest + scores)
     block = manifest.cache.block_frames if block_frames is None else block_frames
     step = max(1, min(block, STEP_BYTES // each))
-    return CodecMemory(state, each * step, step)
+    return CodecMemory(state, each * step + (SLACK_BYTES if states else 0), step)
 
 
 class Decoder:
@@ -145,7 +154,7 @@ class Decoder:
         self._temporal = temporal_factor(engine.manifest)
         self._stream = engine.codec_stream("decoder", latent_hw)
         self._step = codec_memory(engine.manifest, "decoder", latent_hw).step_frames
-        self._made = np.empty(0, np.float32)
+        self._made: FloatArray = np.empty(0, np.float32)
         self.reset()
 
     def reset(self) -> None:
@@ -226,11 +235,7 @@ class Encoder:
 
     def _check(self, frames: FloatArray, begins: bool) -> None:
         rows, columns = self._stream.frame_hw
-        if (
-            frames.ndim != 5
-            or list(frames.shape[::2]) != [1, 3, columns]
-            or frames.shape[3] != rows
-        ):
+        if frames.ndim != 5 or (frames.shape[0], *frames.shape[2:]) != (1, 3, rows, columns):
             raise ConfigError(
                 f"frames must be [1, F, 3, {rows}, {columns}], found {list(frames.shape)}"
             )
