@@ -28,8 +28,8 @@ SIDES = {
     "encoder": ("frames", "latents"),
 }  # what goes in, what comes out
 STEP_BYTES = 2 << 30  # working memory that a step of several latent frames may take
-# What ONNX Runtime took at most, in arrays of the widest layer (measured at 16x26 and 30x52): 12 of them alive
-# at once, and twice as much with its arena, which grows by doubling; and what a heap loses.
+# What ONNX Runtime took at most, in arrays of the widest layer (measured at 16x26 and 30x52): 12 of them
+# alive at once, and twice as much with its arena, which grows by doubling; and what a heap loses.
 LIVE_ARRAYS, ARENA_GROWTH, SLACK_BYTES = 12, 2, 256 << 20
 # A full VAE takes so long on a CPU that allocating anew costs nothing; the arena would cost memory.
 LARGE_CODEC_BYTES = 128 << 20

@@ -110,7 +110,7 @@ def make_manifest(
         checkpoint={"name": checkpoint.name, "sha256": checkpoint.sha256},
         tools=tool_versions(backend),
         gpus=gpus,
-        codec=_own_codec(checkpoint),
+        codec=_own_codec(checkpoint) if "decoder" in parts else None,
         parity=dict(parity or {}),
     )
 

@@ -24,15 +24,8 @@ from torch import Tensor, nn
 from asd_rt.config import from_mapping
 from asd_rt.errors import CheckpointError, ConfigError
 from train.taehv import TaehvDecoder, taehv_sizes
-from train.vae import (
-    SPATIAL,
-    TEMPORAL,
-    Shapes,
-    WanDecoder,
-    WanEncoder,
-    WanVae,
-    WanVaeConfig,
-)
+from train.vae import Shapes, WanDecoder, WanEncoder, WanVae
+from train.vae_config import SPATIAL, TEMPORAL, WanVaeConfig
 
 CONFIG, DIFFUSERS = "config.json", "diffusion_pytorch_model.safetensors"
 OFFICIAL = "Wan2.1_VAE.pth"

@@ -55,7 +55,7 @@ class TestEngine:
     @pytest.mark.parametrize(
         ("change", "word"),
         [
-            ({"format_version": 3}, "format_version"),
+            ({"format_version": 2}, "format_version"),
             ({"surprise": 1}, "surprise"),
             ({"model": {"dim": 3}}, "model"),
             ({"precision": "fp13"}, "precision"),

@@ -86,8 +86,8 @@ def test_manifest_is_not_json(own_toy, content) -> None:
     ("fields", "message"),
     [
         ({"format_version": FORMAT_VERSION + 1}, "newer asd-rt"),
-        ({"format_version": 0}, "expected format_version 2, found 0"),
-        ({"format_version": "absent"}, "expected format_version 2, found None"),
+        ({"format_version": 0}, "expected format_version 3, found 0"),
+        ({"format_version": "absent"}, "expected format_version 3, found None"),
         ({"colour": 1}, "unknown fields colour"),
         ({"fps": "absent", "tools": "absent"}, "missing fields fps, tools"),
         ({"precision": "fp12"}, "precision must be one of"),
