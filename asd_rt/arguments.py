@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from asd_rt.costs import CostModel
 from asd_rt.deadline import DeadlinePlan
+from asd_rt.decoding import temporal_factor
 from asd_rt.errors import ConfigError, PromptError
 from asd_rt.frame_loop import Request
 from asd_rt.manifest import Manifest, late_parts
@@ -66,11 +67,8 @@ def make_plan(
 
 
 def frame_deadline_ms(manifest: Manifest, fps: float) -> float:
-    """The deadline of a block, in ms, whose frames are to come at `fps` a second.
-
-    Decoders make one frame of video per latent frame (docs/engine.md).
-    """
-    return manifest.cache.block_frames * 1e3 / fps
+    """The deadline of a block, in ms, whose frames are to come at `fps` a second."""
+    return manifest.cache.block_frames * temporal_factor(manifest) * 1e3 / fps
 
 
 def default_frames(manifest: Manifest) -> int:
@@ -103,5 +101,6 @@ def check_can_decode(path: Path, manifest: Manifest) -> None:
     """Raise ConfigError when the engine at `path` makes latents only."""
     if "decoder" not in manifest.parts:
         raise ConfigError(
-            f"{path}: has no decoder part, so it makes no video; use asd-rt replay for latents"
+            f"{path}: has no decoder part, so it makes no video; build one with --vae, or use "
+            "asd-rt replay for latents"
         )

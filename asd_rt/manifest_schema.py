@@ -15,10 +15,13 @@ FORMAT_VERSION = 3
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
 BACKENDS = ("onnx", "tensorrt", "tensorrt_rtx")
 RUNTIMES = ("onnxruntime", "openvino", "tensorrt")  # what runs the passes
+CODEC_GRAPHS = ("decoder_first", "decoder", "encoder_first", "encoder")
+CODEC_PARTS = (*CODEC_GRAPHS, "codec_weights")
 PART_NAMES = (
-    *("denoiser", "weights", "joined", "time", "prompt", "text", "decoder", "encoder"),
-    *("text_weights", "tokenizer"),
+    *("denoiser", "weights", "joined", "time", "prompt", "text", "text_weights", "tokenizer"),
+    *CODEC_PARTS,
 )
+CODEC_KINDS = ("linear", "wan", "taehv")
 REQUIRED_PARTS = ("denoiser", "time", "prompt")
 UMT5_PARTS = ("text", "text_weights", "tokenizer")
 SCHEMA = "docs/engine.md"
@@ -104,6 +107,8 @@ class Manifest:
         display_scale: whole factor by which frames are enlarged for viewing.
         tokenizer: None, {"kind": "vocabulary", "words": {word: id}} or {"kind": "umt5", "max_tokens": n}.
         parts: files by part name.
+        codec: None, or {"kind": linear, wan or taehv; "spatial": pixels a latent pixel is wide; "temporal":
+            frames a latent frame is long (the first is one)}.
         checkpoint: {"sha256", "name"} of the weights.
         tools: versions of what built it.
         gpus: ("sm89", ...), empty for onnx.
@@ -130,6 +135,7 @@ class Manifest:
     gpus: tuple[str, ...] = ()
     parity: Json = field(default_factory=dict)
     sources: Json = field(default_factory=dict)
+    codec: Json | None = None
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
@@ -153,6 +159,7 @@ class Manifest:
             "fps": self.fps,
             "display_scale": self.display_scale,
             "tokenizer": self.tokenizer,
+            "codec": self.codec,
             "parts": {name: part.to_json() for name, part in self.parts.items()},
             "checkpoint": self.checkpoint,
             "tools": self.tools,
@@ -256,6 +263,8 @@ def _problems(m: Manifest) -> list[str]:
     check(_is_size(m.display_scale), "display_scale", "a whole number >= 1")
     check(m.tokenizer is None or _is_vocabulary(m.tokenizer) or _is_umt5(m.tokenizer), "tokenizer",
           'null, {"kind": "vocabulary", "words": {}} or {"kind": "umt5", "max_tokens": n}')  # fmt: skip
+    check(m.codec is None or _is_codec(m.codec), "codec",
+          'null or {"kind": one of linear, wan, taehv; "spatial": n, "temporal": n}')  # fmt: skip
     check(
         isinstance(m.gpus, tuple) and all(isinstance(g, str) for g in m.gpus),
         "gpus",
@@ -272,7 +281,35 @@ def _problems(m: Manifest) -> list[str]:
     missing = [name for name in required if name not in m.parts]
     if missing:
         found.append(f"parts: missing {', '.join(missing)}")
+    if not found:
+        found += _codec_problems(m)
     return found
+
+
+def _codec_problems(m: Manifest) -> list[str]:
+    """Where `codec` and the codec's parts do not go together."""
+    graphs = [name for name in CODEC_GRAPHS if name in m.parts]
+    if m.codec is None:
+        return [f"codec: null, but there is a {graphs[0]} part"] if graphs else []
+    if "decoder" not in m.parts:
+        return ["parts: missing decoder, which codec describes"]
+    first = m.codec["temporal"] > 1
+    return [
+        f"parts: {'missing' if first else 'unexpected'} {name}_first for a codec that makes "
+        f"{m.codec['temporal']} frames of a latent frame"
+        for name in ("decoder", "encoder")
+        if name in m.parts and (f"{name}_first" in m.parts) != first
+    ]
+
+
+def _is_codec(value: object) -> bool:
+    return (
+        isinstance(value, dict)
+        and set(value) == {"kind", "spatial", "temporal"}
+        and value["kind"] in CODEC_KINDS
+        and _is_size(value["spatial"])
+        and _is_size(value["temporal"])
+    )
 
 
 def _is_vocabulary(value: object) -> bool:

@@ -21,6 +21,7 @@ from asd_rt.arguments import (
 from asd_rt.backends.base import Engine, open_backend
 from asd_rt.costs import CostModel
 from asd_rt.deadline import DeadlinePlan
+from asd_rt.decoding import Decoder, Encoder, latent_size
 from asd_rt.engines import best_engine
 from asd_rt.errors import BackendError, ConfigError
 from asd_rt.frame_loop import Block, FrameLoop, Request
@@ -147,7 +148,8 @@ class Session:
         Args:
             prompt: what to show.
             seed: 0 .. 2**63 - 1; same seed and plan, same video.
-            frames: latent frames, rounded up to whole blocks; None = 48, or what the cache holds.
+            frames: latent frames, rounded up to whole blocks; None = 48, or what the cache holds. A decoder
+                that is 4 frames long makes 1 + 4 (n - 1) frames of n.
             steps: denoising steps of a block, 1..4; None = the manifest's.
             first_steps: steps of the first block; None = the manifest's, at least `steps`.
             deadline_ms: time that a block may take, its cache pass and decoding included. Blocks then get
@@ -205,16 +207,19 @@ class Session:
         from asd_rt.video import to_uint8
 
         plan, join = request.plan, self._asked_join
+        decoder = Decoder(self._engine, request.shape[3:]) if decodes else None
         if join is None:
             join = joining_is_faster(self._engine, request.shape)
         unknown = self._costs.share("joined" if join else "pass", 0) is None
         if unknown and isinstance(plan, DeadlinePlan):
-            learn_costs(self._engine, self._costs, request.shape, join, decodes)
+            learn_costs(self._engine, self._costs, request.shape, join, decoder)
+            if decoder is not None:
+                decoder.reset()
         before: Block | None = None
         for number, block in enumerate(self._loop(request, join)):
-            if decodes:
+            if decoder is not None:
                 begin = perf_counter()
-                block.frames = to_uint8(self._engine.decode(block.latents), 1)
+                block.frames = to_uint8(decoder.decode(block.latents), 1)
                 block.decode_ms = (perf_counter() - begin) * 1e3
                 plan.observe("decode", 0, block.decode_ms)
             cache_ms = 0.0 if before is None else before.cache_ms or 0.0
@@ -222,6 +227,25 @@ class Session:
             block.deadline = plan.report(number)
             yield block
             before = block
+
+    def encode(self, frames: NDArray[np.uint8]) -> FloatArray:
+        """Latents of a whole video, or of a picture (one frame).
+
+        Args:
+            frames: uint8 [F, rows, columns, 3]; F is 1 + 4n for a codec that is 4 frames long.
+
+        Returns:
+            latents, float32 [1, latent frames, C, h, w], as the denoiser takes them.
+
+        Raises:
+            ConfigError: another number or size of frames than the codec takes, or it has none.
+            EngineError: the engine has no encoder part.
+        """
+        from asd_rt.video import from_uint8
+
+        given = from_uint8(frames)
+        size = latent_size(self.manifest, *given.shape[3:])
+        return Encoder(self._engine, size).encode(given)
 
     def replay(
         self,

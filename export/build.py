@@ -13,6 +13,8 @@ from typing import NoReturn
 import train
 from asd_rt.errors import AsdError, BackendError, ConfigError, EngineError
 from asd_rt.plan import FixedPlan
+from export.codec import PRECISIONS as VAE_PRECISIONS
+from export.codec import CodecChoice, add_codec, check_codec
 from export.engine import Target, build_engine, plan_obstacle
 from export.settings import Overrides, Settings, resolve
 from export.tensorrt import NO_CARD_TARGETS, check_gpus, import_tensorrt
@@ -20,6 +22,7 @@ from export.text import add_text_encoder, check_text
 from export.umt5_source import open_umt5
 from export.umt5_storage import PRECISIONS as TEXT_PRECISIONS
 from train.checkpoint import Checkpoint, load_checkpoint
+from train.vae_weights import load_codec
 
 DEFAULT_OUT = Path("engines")
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
@@ -102,6 +105,19 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="FOLDER",
         help="an existing folder (default: engines, made if absent)",
     )
+    add(
+        "--vae",
+        type=Path,
+        metavar="PATH",
+        help="its video codec: the vae folder of Wan2.1 (diffusers), Wan2.1_VAE.pth, or taew2_1; an engine "
+        "that is up to date gets its codec parts alone",
+    )
+    add(
+        "--vae-precision",
+        choices=VAE_PRECISIONS,
+        default="fp32",
+        help="of the codec's weights and caches; fp16 is computed with in float32 (default fp32)",
+    )
     add("--force", action="store_true", help="replace engines that differ")
     add("--block-frames", type=int, metavar="N", help="latent frames denoised together (default 3)")
     add(
@@ -118,7 +134,10 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add("--timestep-shift", type=float, metavar="S", help="of the noise schedule (default 5)")
     add(
-        "--latent-size", type=_latent_size, metavar="HxW", help="fix the latent size (default: any)"
+        "--latent-size",
+        type=_latent_size,
+        metavar="HxW",
+        help="fix the latent size, pixels / 8 with a VAE (default: any)",
     )
     add(
         "--max-frames",
@@ -220,6 +239,7 @@ def build(args: argparse.Namespace) -> list[Path]:
     )
     settings = resolve(checkpoint, flags, plan)
     targets = choose_targets(args, settings)
+    codec = _codec(args, checkpoint)
     if args.text_precision is not None and args.text_encoder is None:
         raise ConfigError("--text-precision is for --text-encoder; name its folder")
     text = None if args.text_encoder is None else open_umt5(args.text_encoder)
@@ -229,7 +249,26 @@ def build(args: argparse.Namespace) -> list[Path]:
     engines = [build_engine(checkpoint, settings, target, out, args.force) for target in targets]
     if text is not None:
         add_text_encoder(text, args.text_precision, engines, args.force)
+    if codec is not None:
+        add_codec(codec, engines, args.force)
     return engines
+
+
+def _codec(args: argparse.Namespace, checkpoint: Checkpoint) -> CodecChoice | None:
+    """What --vae names.
+
+    Raises:
+        AsdError: it cannot be read, or does not belong to the checkpoint.
+    """
+    if args.vae is None:
+        return None
+    if checkpoint.codec is not None:
+        raise ConfigError(
+            f"--vae {args.vae}: checkpoint {checkpoint.name} has its own codec; leave the flag out"
+        )
+    codec = load_codec(args.vae)
+    check_codec(codec, checkpoint.config.out_dim, f"checkpoint {checkpoint.name}")
+    return CodecChoice(codec, args.vae_precision)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

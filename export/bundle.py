@@ -28,7 +28,7 @@ from asd_rt.manifest import (
 )
 
 # Fields of the manifest that belong to the parts of a source.
-FIELDS = {"text": ("tokenizer",)}
+FIELDS = {"text": ("tokenizer",), "codec": ("codec",)}
 
 
 @contextmanager
@@ -122,7 +122,7 @@ def replace_parts(
 def carry_over(engine: Path, manifest: Manifest) -> Manifest:
     """`manifest` of a rebuilt engine, with the added parts of the engine that it takes the place of.
 
-    Parts that the checkpoint brings itself now, and those for another text_dim, are left behind.
+    Parts that the checkpoint brings itself now, and those for another network, are left behind.
     """
     try:
         old = read_manifest(engine)
@@ -130,8 +130,8 @@ def carry_over(engine: Path, manifest: Manifest) -> Manifest:
         return manifest
     for key, source in old.sources.items():
         mine = {name: old.parts[name] for name in source["parts"] if name in old.parts}
-        fits = key != "text" or old.model.text_dim == manifest.model.text_dim
-        if len(mine) < len(source["parts"]) or mine.keys() & manifest.parts.keys() or not fits:
+        whole = len(mine) == len(source["parts"]) and not mine.keys() & manifest.parts.keys()
+        if not whole or not _fits(key, old, manifest):
             continue
         manifest = replace(
             manifest,
@@ -141,6 +141,15 @@ def carry_over(engine: Path, manifest: Manifest) -> Manifest:
             **{field: getattr(old, field) for field in FIELDS.get(key, ())},
         )
     return manifest
+
+
+def _fits(key: str, old: Manifest, new: Manifest) -> bool:
+    """Whether the parts of `old` under `key` serve `new`; those of a plan are for its cards and sizes."""
+    if key == "text":
+        return old.model.text_dim == new.model.text_dim
+    settings = ("backend", "gpus") if new.backend == "onnx" else ("backend", "gpus", "latent_hw")
+    same = all(getattr(old, name) == getattr(new, name) for name in settings)
+    return same and old.model.out_dim == new.model.out_dim
 
 
 def remove_unnamed(folder: Path, files: Iterable[str]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
@@ -14,7 +13,6 @@ from asd_rt.errors import AsdError, EngineError
 from asd_rt.manifest import (
     Manifest,
     Part,
-    TensorSpec,
     manifest_path,
     read_manifest,
     sha256_file,
@@ -30,9 +28,9 @@ from export.bundle import (
 )
 from export.calibrate import choose_scheme
 from export.lowering import LOWERINGS, runtime_of
-from export.onnx import dtype_name, export_part, serialize
+from export.onnx import export_part, serialize, tensor_specs
 from export.parity import BUDGETS, measure
-from export.parts import PartModule, TensorShape, engine_parts
+from export.parts import PartModule, engine_parts
 from export.settings import Settings, make_manifest
 from export.tensorrt import build_plan, import_tensorrt, profile_ranges
 from export.weights import share_weights
@@ -176,13 +174,9 @@ def _write(
         file,
         sha256_file(folder / file),
         len(content),
-        _specs(module.inputs),
-        _specs(module.outputs),
+        tensor_specs(module.inputs),
+        tensor_specs(module.outputs),
     )
-
-
-def _specs(tensors: Mapping[str, TensorShape]) -> dict[str, TensorSpec]:
-    return {name: TensorSpec(dtype_name(dtype), shape) for name, (dtype, shape) in tensors.items()}
 
 
 def _is_current(engine: Path, wanted: Manifest) -> bool:

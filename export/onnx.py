@@ -12,7 +12,9 @@ import onnx
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
+from asd_rt.decoding import STATE
 from asd_rt.errors import EngineError
+from asd_rt.manifest import TensorSpec
 from export.parts import PartModule, TensorShape
 
 MAX_BYTES = 2**31 - 2**20  # a protobuf file ends at 2 GB
@@ -33,6 +35,11 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def tensor_specs(tensors: Mapping[str, TensorShape]) -> dict[str, TensorSpec]:
+    """Tensors of a part as a manifest describes them."""
+    return {name: TensorSpec(dtype_name(dtype), shape) for name, (dtype, shape) in tensors.items()}
+
+
 def _example_inputs(part: PartModule) -> tuple[torch.Tensor, ...]:
     """Zeros of every input; sizes are distinct and above 1, so that no symbol is taken for a constant."""
     sizes = dict(_EXAMPLE_SIZES)
@@ -51,16 +58,20 @@ def _example_inputs(part: PartModule) -> tuple[torch.Tensor, ...]:
 
 
 def _size(entry: int | str, sizes: Mapping[str, int]) -> int:
-    return sizes[entry] if isinstance(entry, str) else entry
+    if isinstance(entry, int):
+        return entry
+    symbol = entry.lstrip("0123456789")  # "8h" is 8 times the size of h
+    return int(entry.removesuffix(symbol) or 1) * sizes[symbol]
 
 
-def export_part(name: str, part: PartModule, opset: int) -> onnx.ModelProto:
+def export_part(name: str, part: PartModule, opset: int, half: bool = False) -> onnx.ModelProto:
     """One part as an ONNX model; the same weights give the same bytes.
 
     Args:
         name: of the part, which becomes the graph's name.
         part: see `export.parts.engine_parts`.
         opset: of ONNX.
+        half: store all large weights in float16, rounded; they are computed with in float32.
 
     Raises:
         EngineError: the exporter cannot lower the part, or the result is too large for one file.
@@ -71,7 +82,12 @@ def export_part(name: str, part: PartModule, opset: int) -> onnx.ModelProto:
         for _, shape in part.inputs.values()
     ]
     # A pass takes its layers' tensors as *args, which torch.export sees as one tuple.
-    fixed = 4 if name in ("denoiser", "joined") else len(shapes) - part.stored
+    if name in ("denoiser", "joined"):
+        fixed = 4
+    elif f"{STATE}0" in part.inputs:
+        fixed = 1
+    else:
+        fixed = len(shapes) - part.stored
     dynamic_shapes = (
         (*shapes[:fixed], tuple(shapes[fixed:])) if fixed < len(shapes) else tuple(shapes)
     )
@@ -93,7 +109,7 @@ def export_part(name: str, part: PartModule, opset: int) -> onnx.ModelProto:
             raise EngineError(f"{name}: torch.onnx cannot export this part: {reason}") from error
     if program is None:
         raise EngineError(f"{name}: torch.onnx.export returned nothing")
-    return _clean(program.model_proto, name, part)
+    return _clean(program.model_proto, name, part, half)
 
 
 @contextmanager
@@ -111,7 +127,7 @@ def _quiet_exporter() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _clean(model: onnx.ModelProto, name: str, part: PartModule) -> onnx.ModelProto:
+def _clean(model: onnx.ModelProto, name: str, part: PartModule, half: bool) -> onnx.ModelProto:
     """Contract names in, stack traces and file names out, weights that allow it in half the bytes."""
     graph = model.graph
     graph.name = name
@@ -137,7 +153,7 @@ def _clean(model: onnx.ModelProto, name: str, part: PartModule) -> onnx.ModelPro
         raise EngineError(
             f"{name}: no node reads the inputs {', '.join(unused)}; the part was lowered wrongly"
         )
-    _halve_exact_weights(graph)
+    _halve_weights(graph, half)
     size = model.ByteSize()
     if size > MAX_BYTES:
         raise EngineError(
@@ -173,8 +189,11 @@ def _widen_norm_inputs(graph: onnx.GraphProto) -> None:
     graph.node.extend(nodes)
 
 
-def _halve_exact_weights(graph: onnx.GraphProto) -> None:
-    """Store float32 weights that float16 holds exactly as float16 and a Cast; runtimes fold it on loading."""
+def _halve_weights(graph: onnx.GraphProto, rounded: bool) -> None:
+    """Store float32 weights that float16 holds exactly as float16 and a Cast; runtimes fold it on loading.
+
+    With `rounded`, also those that it does not hold exactly, unless they overflow.
+    """
     casts = []
     for tensor in graph.initializer:
         tensor.doc_string = ""
@@ -185,7 +204,7 @@ def _halve_exact_weights(graph: onnx.GraphProto) -> None:
         if values.size < HALF_MIN_ELEMENTS or np.abs(values).max() > np.finfo(np.float16).max:
             continue
         half = values.astype(np.float16)
-        if not np.array_equal(half.astype(np.float32), values):
+        if not rounded and not np.array_equal(half.astype(np.float32), values):
             continue
         original = tensor.name
         stored = f"{original}.fp16"

@@ -15,6 +15,7 @@ from asd_rt.plan import FixedPlan
 from asd_rt.schedule import STEP_LISTS, Schedule
 from export.lowering import runtime_of
 from train.checkpoint import Checkpoint
+from train.codec import PATCH
 from train.deployment import check_latent_hw
 
 
@@ -111,8 +112,15 @@ def make_manifest(
         checkpoint={"name": checkpoint.name, "sha256": checkpoint.sha256},
         tools=tool_versions(backend),
         gpus=gpus,
+        codec=_own_codec(checkpoint) if "decoder" in parts else None,
         parity=dict(parity or {}),
     )
+
+
+def _own_codec(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    if checkpoint.codec is None:
+        return None
+    return {"kind": "linear", "spatial": PATCH, "temporal": 1}
 
 
 def tool_versions(backend: str) -> dict[str, str]:

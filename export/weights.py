@@ -38,3 +38,12 @@ def share_weights(models: Iterable[onnx.ModelProto], file: Path) -> None:
                     ("length", len(content)),
                 ):
                     tensor.external_data.add(key=key, value=str(value))
+
+
+def name_weights(models: Iterable[onnx.ModelProto], file: Path) -> None:
+    """Let `models` find their shared weights in `file`, which was renamed."""
+    for model in models:
+        for tensor in model.graph.initializer:
+            for entry in tensor.external_data:
+                if entry.key == "location":
+                    entry.value = file.name

@@ -15,14 +15,19 @@ from numpy.typing import NDArray
 
 from asd_rt.backends.base import FloatArray
 from asd_rt.backends.openvino import NAME, OpenVinoSession, import_openvino
+from asd_rt.backends.ort_codec import OrtCodecStream
 from asd_rt.backends.ort_denoiser import OrtDenoiser, run_errors
+from asd_rt.decoding import has_large_codec
 from asd_rt.errors import BackendError, EngineError
 from asd_rt.machine import instruction_sets, usable_cores
 from asd_rt.manifest import REBUILD, Manifest, TensorSpec, late_parts, part_path
+from asd_rt.manifest_schema import CODEC_GRAPHS
 
 CPU_PROVIDER = "CPUExecutionProvider"
 INSTALL = "pip install 'asd-rt[cpu]'"
 SMALL_BYTES = 16 << 20  # of an engine's weights
+SMALL_CODEC_BYTES = 1 << 20  # its convolutions do more with a weight
+_LATE = ("joined", "encoder_first", "encoder", "weights", "codec_weights")  # or never
 _PASSES = ("denoiser", "joined")  # the parts that run all the time
 _log = logging.getLogger(__name__)
 
@@ -112,13 +117,7 @@ class OrtEngine:
         self._on_openvino = manifest.runtime == "openvino"
         self._fixes_sizes = self._on_openvino and bool(manifest.cache.window_frames)
         for part in manifest.parts:
-            late = (
-                "encoder",
-                "joined",
-                "weights",
-                *_PASSES[: self._fixes_sizes],
-                *late_parts(manifest),
-            )
+            late = (*_LATE, *_PASSES[: self._fixes_sizes], *late_parts(manifest))
             if part not in late:
                 self.session(part)
         self.denoiser = OrtDenoiser(path, manifest, self.session)
@@ -190,13 +189,20 @@ class OrtEngine:
         options.log_severity_level = 4  # what goes wrong is raised, and said once
         options.intra_op_num_threads = self.threads
         options.inter_op_num_threads = 1
+        if (
+            part in CODEC_GRAPHS
+        ):  # else new caches are cut last, and all that they are cut from waits for it
+            options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
+            options.enable_cpu_mem_arena = not has_large_codec(self.manifest)
         # Threads that wait actively between two calls of one part take the cores from another part:
         # those of the passes wait within a call only, those of small parts never.
         if part in _PASSES:
             options.add_session_config_entry("session.force_spinning_stop", "1")
         else:
             options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-            if self._is_small:  # to wake threads takes longer than the part
+            codec = self.manifest.parts.get("codec_weights") if part in CODEC_GRAPHS else None
+            is_small = self._is_small if codec is None else codec.bytes < SMALL_CODEC_BYTES
+            if is_small:  # to wake threads takes longer than the part
                 options.intra_op_num_threads = 1
         return options
 
@@ -210,11 +216,9 @@ class OrtEngine:
     def encode_prompt(self, tokens: NDArray[np.int64]) -> FloatArray:
         return self.run_part("text", "context", tokens=tokens)
 
-    def decode(self, latents: FloatArray) -> FloatArray:
-        return self.run_part("decoder", "frames", latents=latents)
-
-    def encode(self, frames: FloatArray) -> FloatArray:
-        return self.run_part("encoder", "latents", frames=frames)
+    def codec_stream(self, part: str, latent_hw: tuple[int, int]) -> OrtCodecStream:
+        part_path(self.path, self.manifest, part)  # raises where there is none
+        return OrtCodecStream(self.path, self.manifest, part, latent_hw, self.session)
 
     def close(self) -> None:
         self._closed = True

@@ -101,7 +101,7 @@ def _text(document: dict[str, Any], manifest: Manifest, problems: dict[str, str 
             "plan",
             f"{plan['first_steps']} steps, then {plan['steps']}; shift {manifest.timestep_shift:g}",
         ),
-        ("video", f"{manifest.fps} frames a second, shown {manifest.display_scale} times as large"),
+        ("video", _video(manifest)),
         ("prompts", _prompts(manifest)),
         ("checkpoint", " ".join(str(value) for value in manifest.checkpoint.values())),
         ("tools", ", ".join(f"{name} {version}" for name, version in manifest.tools.items())),
@@ -111,6 +111,17 @@ def _text(document: dict[str, Any], manifest: Manifest, problems: dict[str, str 
         state = problems[name] or f"ok, {size_text(part.bytes)}, sha256 {part.sha256[:16]}..."
         rows.append((f"part {name}", f"{part.file}: {state}" if not problems[name] else state))
     return table(rows)
+
+
+def _video(manifest: Manifest) -> str:
+    codec = manifest.codec
+    if codec is None:
+        return "none: makes latents (asd-rt replay)"
+    shown = f"{manifest.fps} frames a second, shown {manifest.display_scale} times as large"
+    if codec["temporal"] > 1:
+        shown += f", {codec['temporal']} for each latent frame but the first"
+    source = f" {codec['name']} {codec['precision']}" if "name" in codec else ""
+    return f"{shown}; {codec['kind']} codec{source}, {codec['spatial']} pixels a latent pixel"
 
 
 def _prompts(manifest: Manifest) -> str:

@@ -18,6 +18,7 @@ from asd_rt.commands.common import (
     add_plan,
     find_engine,
 )
+from asd_rt.decoding import block_frame_count, temporal_factor
 from asd_rt.embeddings import Embeddings, read_embeddings
 from asd_rt.frame_loop import Block
 from asd_rt.kv_cache import FrameSlots
@@ -54,7 +55,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompt-index", metavar="N", help="which prompt of --prompt-embeds (default: 0)"
     )
-    parser.add_argument("--frames", metavar="N", help="latent frames (default: 48)")
+    parser.add_argument(
+        "--frames",
+        metavar="N",
+        help="latent frames (default: 48); an engine whose decoder is 4 frames long shows 4 for each but the "
+        "first",
+    )
     parser.add_argument(
         "--seed", metavar="N", default="0", help="same seed, same video (default: 0)"
     )
@@ -156,7 +162,7 @@ class _Stream:
         `prompt` may be its embedding; `asked` is for the session's `generate`.
         """
         manifest = self._session.manifest
-        size = manifest.cache.block_frames
+        size, temporal = manifest.cache.block_frames, temporal_factor(manifest)
         begin = perf_counter()
         if isinstance(prompt, str):
             blocks = self._session.generate(prompt, frames=self._frames, **asked)
@@ -172,7 +178,8 @@ class _Stream:
                 frames, block.frames = block.frames, None
                 if frames is None:
                     continue
-                wanted = min(size, self._frames - block.first_frame) * len(frames) // size
+                latent = min(size, self._frames - block.first_frame)
+                wanted = block_frame_count(temporal, block.first_frame, latent)
                 frames = frames[:wanted]
                 if self._scale > 1:
                     frames = frames.repeat(self._scale, axis=1).repeat(self._scale, axis=2)
@@ -188,6 +195,7 @@ class _Stream:
         decode_ms = sum(block.decode_ms or 0.0 for block in self._blocks)
         return {
             "frames": frames,
+            "latent_frames": self._frames,
             "steps": [block.steps for block in self._blocks],
             "time_to_first_frame_ms": round(self._first_frame_ms, 3),
             "fps_with_decode": round(1e3 * frames / whole_ms, 2),
