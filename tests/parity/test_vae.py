@@ -122,7 +122,8 @@ def engine(
     words = ["--checkpoint", str(student), "--target", "onnx", "--out", str(out)]
     assert main([*words, "--vae", str(saved.parent)]) == 0
     after = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
-    codec = {f"asd_fp32.{n}" for n in ("codec.weights", "decoder.onnx", "decoder_first.onnx")}
+    codec = {name for name in before if name.startswith("taehv_")}
+    assert len(codec) == 3 and codec.isdisjoint(after)
     kept = before.keys() - codec - {"asd_fp32.onnx.json"}
     assert {name: after[name] for name in kept} == {name: before[name] for name in kept}
     verify(out / "asd_fp32.onnx", read_manifest(out / "asd_fp32.onnx"))
