@@ -31,8 +31,9 @@ class Linear(nn.Module):
         super().__init__()
         layers = [cast(nn.Linear, source) for source in sources]
         self.dtype = dtype
-        weight = torch.cat([layer.weight.detach() for layer in layers]).t().contiguous()
-        self.weight = nn.Parameter(weight.to(dtype))
+        # A view where it can be one: a large network must not be in memory twice.
+        weight = layers[0].weight if len(layers) == 1 else torch.cat([y.weight for y in layers])
+        self.weight = nn.Parameter(weight.detach().t().to(dtype))
         self.bias = nn.Parameter(torch.cat([layer.bias.detach() for layer in layers]).to(dtype))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -254,6 +255,12 @@ class DenoiserPart(nn.Module):
 
 class JoinedPart(DenoiserPart):
     """Two blocks in one pass: the mask says what each token sees, of the past and of this pass."""
+
+    def __init__(self, denoiser: DenoiserPart) -> None:
+        """The part on the very weights of `denoiser`."""
+        nn.Module.__init__(self)
+        self.layers, self.eps, self.fused = denoiser.layers, denoiser.eps, denoiser.fused
+        self.patch, self.blocks, self.head = denoiser.patch, denoiser.blocks, denoiser.head
 
     def forward(
         self,

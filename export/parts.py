@@ -124,8 +124,9 @@ def engine_parts(
         return given | {"rope_sin": rope} | more | held
 
     made = {"flow": flow} | layers("new", tokens)
+    denoiser = DenoiserPart(model, kv, fused)
     parts = {
-        "denoiser": PartModule(DenoiserPart(model, kv, fused), inputs((rows, c.dim)), made),
+        "denoiser": PartModule(denoiser, inputs((rows, c.dim)), made),
         "time": PartModule(
             TimePart(model), {"timestep": (f32, (1,))}, {"modulation": (f32, (rows, c.dim))}
         ),
@@ -138,7 +139,7 @@ def engine_parts(
     if lowering.joined:
         mask: TensorShape = (torch.bool, (tokens, "S"))
         parts["joined"] = PartModule(
-            JoinedPart(model, kv, fused), inputs((rows, "F", 1, c.dim), mask=mask), made
+            JoinedPart(denoiser), inputs((rows, "F", 1, c.dim), mask=mask), made
         )
     if checkpoint.table is not None:
         parts["text"] = PartModule(
