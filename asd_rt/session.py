@@ -23,6 +23,7 @@ from asd_rt.costs import CostModel
 from asd_rt.deadline import DeadlinePlan
 from asd_rt.engines import best_engine
 from asd_rt.errors import BackendError, ConfigError
+from asd_rt.fitting import check_fits
 from asd_rt.frame_loop import Block, FrameLoop, Request
 from asd_rt.joining import joining_is_faster
 from asd_rt.manifest import REBUILD, Manifest
@@ -177,6 +178,7 @@ class Session:
         plan = make_plan(manifest, steps, first_steps, deadline_ms, self._costs)
         request = Request(context=context, shape=shape, plan=plan, seed=check_seed(seed))
         self._loop(request, join=False)  # finds all that is wrong with the request
+        self._check_memory(request)
         return self._stream(request, "decoder" in manifest.parts and len(context) == 1)
 
     def _stream(self, request: Request, decodes: bool) -> Iterator[Block]:
@@ -243,6 +245,7 @@ class Session:
         )
         loop = self._loop(request, bool(self._asked_join))
         check_renoise(request, self.manifest.cache.block_frames)
+        self._check_memory(request, dump_cache)
         blocks = list(loop)
         parts = [block.latents for block in blocks]
         if initial is not None:
@@ -264,6 +267,12 @@ class Session:
         return FrameLoop(
             self._engine.denoiser, manifest.cache, schedule, request, manifest.model.text_len, join
         )
+
+    def _check_memory(self, request: Request, dumped: bool = False) -> None:
+        """Refuse, before anything is allocated, what this machine has not the memory for."""
+        batch, frames, _, rows, columns = request.shape
+        joined, path = bool(self._asked_join), self._engine.path
+        check_fits(path, self.manifest, frames, (rows, columns), batch, joined, dumped)
 
     def _latent_hw(self, asked: tuple[int, int] | None) -> tuple[int, int]:
         fixed = self.manifest.latent_hw

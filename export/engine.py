@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 
+import onnx
+
 from asd_rt.errors import AsdError, EngineError
 from asd_rt.manifest import (
     Manifest,
@@ -167,11 +169,13 @@ def _export(
     """Write one part's graph, and its weights to theirs."""
     opset = LOWERINGS[target.runtime].opset
     # OpenVINO computes in bfloat16, whatever the weights are.
-    bf16 = target.runtime == "openvino" and name in ("denoiser", "joined", "prompt")
-    graph = serialize(export_part(name, module, opset, weights, bf16))
+    half = target.runtime == "openvino" and name in ("denoiser", "joined", "prompt")
+    graph = serialize(export_part(name, module, opset, weights, "bf16" if half else ""))
     stem = f"asd_{target.precision}"
     file = f"{stem}.onnx" if name == "denoiser" else f"{stem}.{name}.onnx"
-    return _write(scratch / file, graph, _specs(module.inputs), _specs(module.outputs))
+    part = _write(scratch / file, graph, _specs(module.inputs), _specs(module.outputs))
+    onnx.checker.check_model(scratch / file)  # by path: so it looks for weights beside the graph
+    return part
 
 
 def _write(

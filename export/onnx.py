@@ -6,7 +6,6 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-
 from typing import Any
 
 import numpy as np
@@ -54,7 +53,7 @@ def _size(entry: int | str, sizes: Mapping[str, int]) -> int:
 
 
 def export_part(
-    name: str, part: PartModule, opset: int, weights: WeightsFile, bf16: bool = False
+    name: str, part: PartModule, opset: int, weights: WeightsFile, rounded: str = ""
 ) -> onnx.ModelProto:
     """One part as an ONNX model, its larger weights in `weights`; the same weights give the same bytes.
 
@@ -63,7 +62,8 @@ def export_part(
         part: see `export.parts.engine_parts`.
         opset: of ONNX.
         weights: where weights go; the graph refers to them.
-        bf16: round float32 matrices to bfloat16, for what computes in it anyway.
+        rounded: "bf16" stores float32 matrices in bfloat16, for what computes in it anyway; "fp16" all larger
+            float32 weights in float16; "" only those that float16 holds exactly.
 
     Raises:
         EngineError: the exporter cannot lower the part.
@@ -96,7 +96,7 @@ def export_part(
             raise EngineError(f"{name}: torch.onnx cannot export this part: {reason}") from error
     if program is None:
         raise EngineError(f"{name}: torch.onnx.export returned nothing")
-    halved = _move_weights(program.model.graph, weights, bf16)
+    halved = _move_weights(program.model.graph, weights, rounded)
     return _clean(program.model_proto, name, part, halved)
 
 
@@ -115,7 +115,7 @@ def _quiet_exporter() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _move_weights(graph: ir.Graph, weights: WeightsFile, bf16: bool) -> dict[str, str]:
+def _move_weights(graph: ir.Graph, weights: WeightsFile, rounded: str) -> dict[str, str]:
     """Move the larger weights of `graph` into the file, those that allow it in half the bytes.
 
     Returns:
@@ -128,33 +128,35 @@ def _move_weights(graph: ir.Graph, weights: WeightsFile, bf16: bool) -> dict[str
             raise EngineError(f"weight {name} has no value; the part was lowered wrongly")
         stored, dtype = tensor.numpy(), tensor.dtype
         if dtype == ir.DataType.FLOAT and stored.size >= HALF_MIN_ELEMENTS:
-            half = _halve(stored, bf16 and stored.ndim == 2)
+            half = _halve(stored, rounded)
             if half is not None:
                 stored, dtype, halved[name] = half
         if stored.nbytes < MIN_BYTES:
             continue
         place = weights.add(stored)
         value.const_value = ir.ExternalTensor(
-            weights.path.name, place.offset, place.length, dtype, shape=ir.Shape(stored.shape), name=name
+            weights.path.name,
+            place.offset,
+            place.length,
+            dtype,
+            shape=ir.Shape(stored.shape),
+            name=name,
         )
     return halved
 
 
 def _halve(
-    values: NDArray[np.float32], bf16: bool
+    values: NDArray[np.float32], rounded: str
 ) -> tuple[NDArray[Any], ir.DataType, str] | None:
-    """`values` in half the bytes, with their type and its suffix; None where that would not be exact.
-
-    In bfloat16 they are rounded; in float16 they must be exact.
-    """
-    if bf16:
-        rounded = torch.from_numpy(np.ascontiguousarray(values)).to(torch.bfloat16)
-        return rounded.view(torch.uint16).numpy(), ir.DataType.BFLOAT16, "bf16"
+    """`values` in half the bytes, with their type and its suffix; None where that may not be."""
+    if rounded == "bf16" and values.ndim == 2:
+        half = torch.from_numpy(np.ascontiguousarray(values)).to(torch.bfloat16)
+        return half.view(torch.uint16).numpy(), ir.DataType.BFLOAT16, "bf16"
     if np.abs(values).max() > np.finfo(np.float16).max:
         return None
-    half = values.astype(np.float16)
-    exact = np.array_equal(half.astype(np.float32), values)
-    return (half, ir.DataType.FLOAT16, "fp16") if exact else None
+    narrow = values.astype(np.float16)
+    keep = rounded == "fp16" or np.array_equal(narrow.astype(np.float32), values)
+    return (narrow, ir.DataType.FLOAT16, "fp16") if keep else None
 
 
 def _clean(

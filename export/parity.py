@@ -95,9 +95,8 @@ def measure(
             f"{manifest.name}: parity with float32 torch failed (relative L2): {'; '.join(failed)}; "
             "nothing was written; build with --precision fp32, or look for weights that overflow"
         )
-    ran = {"latents": [list(hw) for hw in _latent_sizes(manifest)], "rollout_frames": _rollout_frames(manifest)}
     return {
-        **({"reduced": ran} if large else {}),
+        **({"reduced": _ran(manifest)} if large else {}),
         "metric": "relative L2 against float32 torch",
         "measured_with": engine.device,
         "budget": {"pass": budget.one_pass, "rollout": budget.rollout},
@@ -110,6 +109,12 @@ def _latent_sizes(manifest: Manifest) -> Sequence[tuple[int, int]]:
     if manifest.latent_hw is not None:
         return (manifest.latent_hw,)
     return FREE_LATENT_SIZES[:1] if is_large(manifest.model) else FREE_LATENT_SIZES
+
+
+def _ran(manifest: Manifest) -> dict[str, Any]:
+    """What a large network was measured on."""
+    sizes = [list(latent_hw) for latent_hw in _latent_sizes(manifest)]
+    return {"latents": sizes, "rollout_frames": _rollout_frames(manifest)}
 
 
 def _run(engine: OrtEngine, part: str, inputs: Mapping[str, Tensor]) -> dict[str, Array]:

@@ -46,11 +46,10 @@ class WeightsFile:
 
     def add(self, array: NDArray[Any]) -> Place:
         """Write `array` (of any element type, C order), unless its bytes are there already."""
-        content = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        content = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
         digest = hashlib.sha256(content).hexdigest()
         if digest not in self._where:
             self._out.write(bytes(-self._out.tell() % ALIGN_BYTES))
             self._where[digest] = Place(self._out.tell(), content.nbytes)
             self._out.write(content)
         return self._where[digest]
-

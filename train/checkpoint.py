@@ -78,6 +78,14 @@ def weight_shapes(config: ModelConfig) -> Shapes:
         return {name: tuple(t.shape) for name, t in WanModel(config).state_dict().items()}
 
 
+def describe_checkpoint(folder: Path | str) -> Checkpoint:
+    """A checkpoint without its weights and their hash, to plan with; otherwise as `load_checkpoint`."""
+    folder = Path(folder)
+    _check_present(folder)
+    config, deployment = _read_settings(folder)
+    return Checkpoint(folder.resolve().name, "0" * 64, config, {}, deployment, None, None)
+
+
 def load_checkpoint(folder: Path | str) -> Checkpoint:
     """Read a checkpoint folder; either all of it fits or nothing is loaded.
 
@@ -90,21 +98,8 @@ def load_checkpoint(folder: Path | str) -> Checkpoint:
         ConfigError: config.json or deployment.json has unknown keys or impossible values.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise CheckpointError(
-            f"{folder}: no such folder; a checkpoint is a folder with {CONFIG} and {WEIGHTS}"
-        )
-    absent = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
-    if absent:
-        raise CheckpointError(
-            f"{folder}: {' and '.join(absent)} missing; a checkpoint is {CONFIG} and {WEIGHTS}"
-        )
-
-    values = _read_json(folder / CONFIG)
-    values = {name: value for name, value in values.items() if name not in METADATA_KEYS}
-    config = from_mapping(ModelConfig, values, str(folder / CONFIG))
-    deployment = _read_deployment(folder, config)
-
+    _check_present(folder)
+    config, deployment = _read_settings(folder)
     weights = _read_tensors(folder / WEIGHTS, weight_shapes(config))
     codec = table = None
     if (folder / CODEC).exists():
@@ -122,6 +117,25 @@ def load_checkpoint(folder: Path | str) -> Checkpoint:
     return Checkpoint(
         folder.resolve().name, _digest(folder), config, weights, deployment, codec, table
     )
+
+
+def _check_present(folder: Path) -> None:
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"{folder}: no such folder; a checkpoint is a folder with {CONFIG} and {WEIGHTS}"
+        )
+    absent = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
+    if absent:
+        raise CheckpointError(
+            f"{folder}: {' and '.join(absent)} missing; a checkpoint is {CONFIG} and {WEIGHTS}"
+        )
+
+
+def _read_settings(folder: Path) -> tuple[ModelConfig, Deployment]:
+    values = _read_json(folder / CONFIG)
+    values = {name: value for name, value in values.items() if name not in METADATA_KEYS}
+    config = from_mapping(ModelConfig, values, str(folder / CONFIG))
+    return config, _read_deployment(folder, config)
 
 
 def save_checkpoint(

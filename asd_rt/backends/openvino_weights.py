@@ -1,7 +1,7 @@
-"""Weights of a large network in OpenVINO: read from their file as bfloat16, and packed, with nothing in between.
+"""Weights of a large network in OpenVINO: packed straight from the bfloat16 of their file.
 
-Left to itself, OpenVINO widens bfloat16 weights to float32, turns them around, and rounds them again when it packs
-them: four times the bytes that a pass needs, held as long as the model is open.
+Left to itself, OpenVINO widens bfloat16 weights to float32, turns them around, and rounds them again when it
+packs them: four times the bytes that a pass needs, held as long as the model is open.
 """
 
 from __future__ import annotations
