@@ -23,7 +23,7 @@ USUAL_LATENT_HW = (60, 104)  # of Wan2.1 at 480x832, for engines that fix none
 WEIGHT_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1, "fp8": 1}
 ON_OPENVINO = ("bf16", "int8")
 ORT_BYTES, OPENVINO_BYTES = 80_000_000, 240_000_000  # programs and libraries
-FOLDED_BYTES = 10  # that OpenVINO takes for a weight of a small network, at each size of pass
+FOLDED_BYTES = 8  # that OpenVINO takes for a weight of a small network, at each size of pass
 STATE_PREFIX = "state."
 _SCALED = re.compile(r"(\d*)([A-Za-z]\w*)")
 
@@ -166,7 +166,7 @@ def _weights(video: Video) -> tuple[int, int]:
         return width * passes + small, width * passes
     cache = video.cache
     sizes = -(-cache.window_frames // cache.block_frames) if cache.window_frames else 1
-    return FOLDED_BYTES * passes * kinds * sizes + small, 4 * passes
+    return FOLDED_BYTES * passes * kinds * sizes + small, width * passes
 
 
 def _activations(video: Video) -> int:

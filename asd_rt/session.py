@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,7 @@ from asd_rt.schedule import Schedule
 from asd_rt.warm_up import learn_costs
 
 FloatArray = NDArray[np.float32]
+_log = logging.getLogger(__name__)
 
 
 def open_session(
@@ -269,10 +271,14 @@ class Session:
         )
 
     def _check_memory(self, request: Request, dumped: bool = False) -> None:
-        """Refuse, before anything is allocated, what this machine has not the memory for."""
+        """Refuse what this machine has not the memory for, and warn of what no student was trained for."""
         batch, frames, _, rows, columns = request.shape
         joined, path = bool(self._asked_join), self._engine.path
         check_fits(path, self.manifest, frames, (rows, columns), batch, joined, dumped)
+        trained = self.manifest.checkpoint.get("trained_frames", frames)
+        if frames > trained:
+            _log.warning("%s: %d latent frames, but its student was trained on %d: later ones may drift",
+                         path, frames, trained)  # fmt: skip
 
     def _latent_hw(self, asked: tuple[int, int] | None) -> tuple[int, int]:
         fixed = self.manifest.latent_hw

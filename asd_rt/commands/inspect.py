@@ -119,7 +119,7 @@ def _text(document: dict[str, Any], manifest: Manifest, problems: dict[str, str 
         ),
         ("video", f"{manifest.fps} frames a second, shown {manifest.display_scale} times as large"),
         ("prompts", _prompts(manifest)),
-        ("checkpoint", " ".join(str(value) for value in manifest.checkpoint.values())),
+        ("checkpoint", " ".join(_flatten(manifest.checkpoint))),
         ("tools", ", ".join(f"{name} {version}" for name, version in manifest.tools.items())),
         ("parity", ", ".join(_flatten(manifest.parity)) or "not measured"),
     ]
