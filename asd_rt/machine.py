@@ -35,24 +35,49 @@ def cgroup_cpu_limit(
 
     A limit may be set on any group above the process's own, so the smallest one on the way counts.
     """
-    limits = []
+    limits = [_quota(folder) for folder in _groups("cpu", root, membership)]
+    found = [limit for limit in limits if limit is not None]
+    return min(found) if found else None
+
+
+def cgroup_memory_left(
+    root: Path = _CGROUP, membership: Path = Path("/proc/self/cgroup")
+) -> int | None:
+    """Bytes that control groups still grant (a container's --memory), None = no limit."""
+    rooms = [_room(folder) for folder in _groups("memory", root, membership)]
+    found = [room for room in rooms if room is not None]
+    return min(found) if found else None
+
+
+def _groups(controller: str, root: Path, membership: Path) -> list[Path]:
+    """Folders of the groups that this process is in, of both versions, its own first."""
+    folders: list[Path] = []
     for line in _read(membership).splitlines():
         hierarchy, controllers, path = (line.split(":", 2) + ["", ""])[:3]
         if hierarchy == "0" and not controllers:
             base = root
-        elif "cpu" in controllers.split(","):
-            base = next(
-                (root / name for name in (controllers, "cpu") if (root / name).is_dir()), root
-            )
+        elif controller in controllers.split(","):
+            names = (controllers, controller)
+            base = next((root / name for name in names if (root / name).is_dir()), root)
         else:
             continue
         group = base / path.lstrip("/")
-        for folder in (group, *group.parents):
-            if not folder.is_relative_to(base):
-                break
-            limits.append(_quota(folder))
-    found = [limit for limit in limits if limit is not None]
-    return min(found) if found else None
+        folders += [f for f in (group, *group.parents) if f.is_relative_to(base)]
+    return folders
+
+
+def _room(folder: Path) -> int | None:
+    """Bytes left within one group's limit; what it holds of files that can be dropped counts as free."""
+    for limit, usage, cache in (
+        ("memory.max", "memory.current", "inactive_file"),
+        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        most, used = _read(folder / limit), _read(folder / usage)
+        if most.isdecimal() and used.isdecimal():
+            stat = _read(folder / "memory.stat").splitlines()
+            dropped = next((line.split()[1] for line in stat if line.startswith(f"{cache} ")), "0")
+            return max(0, int(most) - int(used) + int(dropped))
+    return None
 
 
 def _quota(folder: Path) -> float | None:
@@ -92,6 +117,26 @@ def total_memory_bytes() -> int | None:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (ValueError, OSError, AttributeError):
         return None
+
+
+def available_memory_bytes() -> int | None:
+    """Memory that can still be taken without swapping, within control groups' limits; None where unknown."""
+    free = None
+    for line in _read(Path("/proc/meminfo")).splitlines():
+        name, _, value = line.partition(":")
+        if name == "MemAvailable":
+            free = int(value.split()[0]) * 1024
+    known = [n for n in (free, cgroup_memory_left()) if n is not None]
+    return min(known) if known else None
+
+
+def resident_memory_bytes() -> int:
+    """Memory of this process that is its own and in RAM; 0 where unknown."""
+    for line in _read(Path("/proc/self/status")).splitlines():
+        name, _, value = line.partition(":")
+        if name == "RssAnon":
+            return int(value.split()[0]) * 1024
+    return 0
 
 
 def _cpuinfo(key: str) -> str:

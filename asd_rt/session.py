@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from asd_rt.deadline import DeadlinePlan
 from asd_rt.decoding import Decoder, Encoder, latent_size
 from asd_rt.engines import best_engine
 from asd_rt.errors import BackendError, ConfigError
+from asd_rt.fitting import check_fits
 from asd_rt.frame_loop import Block, FrameLoop, Request
 from asd_rt.joining import joining_is_faster
 from asd_rt.manifest import REBUILD, Manifest, late_parts
@@ -34,6 +36,7 @@ from asd_rt.text_encoder import TextEncoder
 from asd_rt.warm_up import learn_costs
 
 FloatArray = NDArray[np.float32]
+_log = logging.getLogger(__name__)
 
 
 def open_session(
@@ -197,6 +200,7 @@ class Session:
         plan = make_plan(manifest, steps, first_steps, deadline_ms, self._costs)
         request = Request(context=context, shape=shape, plan=plan, seed=check_seed(seed))
         self._loop(request, join=False)  # finds all that is wrong with the request
+        self._check_memory(request)
         return self._stream(request, "decoder" in manifest.parts and len(context) == 1)
 
     def _stream(self, request: Request, decodes: bool) -> Iterator[Block]:
@@ -285,6 +289,7 @@ class Session:
         )
         loop = self._loop(request, bool(self._asked_join))
         check_renoise(request, self.manifest.cache.block_frames)
+        self._check_memory(request, dump_cache)
         blocks = list(loop)
         parts = [block.latents for block in blocks]
         if initial is not None:
@@ -306,6 +311,16 @@ class Session:
         return FrameLoop(
             self._engine.denoiser, manifest.cache, schedule, request, manifest.model.text_len, join
         )
+
+    def _check_memory(self, request: Request, dumped: bool = False) -> None:
+        """Refuse what this machine has not the memory for, and warn of what no student was trained for."""
+        batch, frames, _, rows, columns = request.shape
+        joined, path = bool(self._asked_join), self._engine.path
+        check_fits(path, self.manifest, frames, (rows, columns), batch, joined, dumped)
+        trained = self.manifest.checkpoint.get("trained_frames", frames)
+        if frames > trained:
+            _log.warning("%s: %d latent frames, but its student was trained on %d: later ones may drift",
+                         path, frames, trained)  # fmt: skip
 
     def _latent_hw(self, asked: tuple[int, int] | None) -> tuple[int, int]:
         fixed = self.manifest.latent_hw

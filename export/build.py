@@ -8,11 +8,13 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import train
 from asd_rt.errors import AsdError, BackendError, ConfigError, EngineError
-from asd_rt.plan import FixedPlan
+from asd_rt.memory_report import memory_report, memory_text
+from asd_rt.plan import FixedPlan, count_blocks
+from asd_rt.planner import USUAL_LATENT_HW, Video
 from export.codec import PRECISIONS as VAE_PRECISIONS
 from export.codec import CodecChoice, add_codec, check_codec
 from export.engine import Target, build_engine, plan_obstacle
@@ -21,7 +23,7 @@ from export.tensorrt import NO_CARD_TARGETS, check_gpus, import_tensorrt
 from export.text import add_text_encoder, check_text
 from export.umt5_source import open_umt5
 from export.umt5_storage import PRECISIONS as TEXT_PRECISIONS
-from train.checkpoint import Checkpoint, load_checkpoint
+from train.checkpoint import Checkpoint, describe_checkpoint, load_checkpoint
 from train.vae_weights import load_codec
 
 DEFAULT_OUT = Path("engines")
@@ -156,6 +158,12 @@ def make_parser() -> argparse.ArgumentParser:
         choices=TEXT_PRECISIONS,
         help="of its stored weights (default: fp16, fp32 where the source is); it computes in fp32",
     )
+    add(
+        "--dry-run",
+        action="store_true",
+        help="build nothing; show what memory its videos would take",
+    )
+    add("--frames", type=int, default=21, metavar="N", help="of such a video (default 21)")
     add("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
@@ -220,15 +228,9 @@ def _output_folder(out: Path | None) -> Path:
     return folder
 
 
-def build(args: argparse.Namespace) -> list[Path]:
-    """Build everything that `args` ask for; returns the engine files.
-
-    Raises:
-        AsdError: bad input, an unwritable folder, or an engine that misses its parity budget.
-    """
+def _settings(args: argparse.Namespace, checkpoint: Checkpoint) -> Settings:
     steps = FixedPlan(args.steps).steps
     plan = FixedPlan(steps, 4 if args.first_steps is None else args.first_steps)
-    checkpoint: Checkpoint = load_checkpoint(args.checkpoint or default_checkpoint())
     flags = Overrides(
         args.block_frames,
         args.window_frames,
@@ -237,7 +239,33 @@ def build(args: argparse.Namespace) -> list[Path]:
         args.latent_size,
         args.max_frames,
     )
-    settings = resolve(checkpoint, flags, plan)
+    return resolve(checkpoint, flags, plan)
+
+
+def dry_run(args: argparse.Namespace) -> dict[str, Any]:
+    """What the engines that `args` ask for need of memory, without reading a weight; see memory_report.
+
+    Raises:
+        AsdError: bad input.
+    """
+    checkpoint: Checkpoint = describe_checkpoint(args.checkpoint or default_checkpoint())
+    settings = _settings(args, checkpoint)
+    target = choose_targets(args, settings)[0]
+    hw = settings.latent_hw or USUAL_LATENT_HW
+    frames = count_blocks(args.frames, 1)
+    video = Video(checkpoint.config, settings.cache, target.precision, hw, frames, target.backend)
+    return memory_report(video)
+
+
+def build(args: argparse.Namespace) -> list[Path]:
+    """Build everything that `args` ask for; returns the engine files.
+
+    Raises:
+        AsdError: bad input, an unwritable folder, or an engine that misses its parity budget.
+    """
+    FixedPlan(args.steps, args.first_steps or args.steps)  # before weights are read
+    checkpoint: Checkpoint = load_checkpoint(args.checkpoint or default_checkpoint())
+    settings = _settings(args, checkpoint)
     targets = choose_targets(args, settings)
     codec = _codec(args, checkpoint)
     if args.text_precision is not None and args.text_encoder is None:
@@ -280,6 +308,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         logging.INFO
     )  # what was read, and how it was told
     try:
+        if args.dry_run:
+            report = dry_run(args)
+            log.info("%s", memory_text(report))
+            print(json.dumps({"memory": report}))
+            return 0
         engines = build(args)
     except AsdError as error:
         if args.debug:

@@ -10,7 +10,6 @@ from time import perf_counter
 from typing import Any
 
 import numpy as np
-import onnx
 import onnxruntime
 import torch
 from numpy.typing import NDArray
@@ -26,7 +25,7 @@ from export.lowering import LOWERINGS
 from export.onnx import export_part, serialize, tensor_specs
 from export.parts import PartModule, TensorShape
 from export.tensorrt import build_plan, import_tensorrt
-from export.weights import name_weights, share_weights
+from export.weights import WeightsFile, name_weights
 from train.vae_weights import VideoCodec
 
 log = logging.getLogger(__name__)
@@ -169,19 +168,18 @@ def _write(
     """Export the codec's parts into `folder`, gate them, and compile them where the engine is a plan."""
     is_plan, graphs = manifest.backend != "onnx", {}
     opset = LOWERINGS["tensorrt" if is_plan else "onnxruntime"].opset
-    for name, module in modules.items():
-        began = perf_counter()
-        graphs[name] = export_part(name, module, opset, half=choice.precision == "fp16")
-        log.info("  %-13s exported %6.1f s", name, perf_counter() - began)
+    file = folder / "codec.weights"
+    rounded = "fp16" if choice.precision == "fp16" else ""
+    with WeightsFile(file) as weights:
+        for name, module in modules.items():
+            began = perf_counter()
+            graphs[name] = export_part(name, module, opset, weights, rounded)
+            log.info("  %-13s exported %6.1f s", name, perf_counter() - began)
     stem = f"{choice.codec.kind}_{choice.precision}"
-    parts: dict[str, Part] = {}
-    if not is_plan:
-        file = folder / "codec.weights"
-        share_weights(graphs.values(), file)
-        digest = sha256_file(file)
-        file = file.rename(folder / content_name(stem, digest, ".weights"))
-        name_weights(graphs.values(), file)
-        parts["codec_weights"] = Part(file.name, digest, file.stat().st_size)
+    digest = sha256_file(file)
+    file = file.rename(folder / content_name(stem, digest, ".weights"))
+    name_weights(graphs.values(), file)
+    parts = {"codec_weights": Part(file.name, digest, file.stat().st_size)}
     for name, module in modules.items():
         content = serialize(graphs[name])
         parts[name] = write_part(folder, f"{stem}_{name}", ".onnx", content, **_border(module))
@@ -193,7 +191,7 @@ def _write(
     figures = measure_codec(folder, made, choice)
     log.info("  codec parity  %s (budget %.0e)",
              ", ".join(f"{k} {v:.1e}" for k, v in figures["largest"].items()), figures["budget"])  # fmt: skip
-    return _compile(folder, made, modules, graphs) if is_plan else parts, figures
+    return _compile(folder, made, modules) if is_plan else parts, figures
 
 
 def _border(module: PartModule) -> dict[str, dict[str, TensorSpec]]:
@@ -204,7 +202,6 @@ def _compile(
     folder: Path,
     manifest: Manifest,
     modules: Mapping[str, PartModule],
-    graphs: Mapping[str, onnx.ModelProto],
 ) -> dict[str, Part]:
     """Plans in place of the ONNX files, for the engine's one latent size."""
     trt, hw = import_tensorrt(), manifest.latent_hw
@@ -222,10 +219,11 @@ def _compile(
     parts = {}
     for name, module in modules.items():
         began = perf_counter()
-        plan = build_plan(trt, name, module, graphs[name], ranges, manifest.gpus)
-        (folder / manifest.parts[name].file).unlink()
+        graph = folder / manifest.parts[name].file
+        plan = build_plan(trt, name, graph, manifest.parts[name].inputs, ranges, manifest.gpus)
+        graph.unlink()
         stem = f"{manifest.name}_{name}"
-        parts[name] = write_part(folder, stem, ".plan", plan, **_border(module))
+        parts[name] = write_part(folder, stem, ".plan", bytes(plan), **_border(module))
         log.info("  %-13s compiled %8.3f MB %6.1f s", name, len(plan) / 1e6, perf_counter() - began)
     return parts
 

@@ -38,7 +38,9 @@ class Linear(nn.Module):
         super().__init__()
         layers = [cast(nn.Linear, source) for source in sources]
         self.dtype = dtype
-        weight = torch.cat([layer.weight.detach() for layer in layers]).t().contiguous()
+        # A view where it can be one: a large network must not be in memory twice.
+        whole = layers[0].weight if len(layers) == 1 else torch.cat([y.weight for y in layers])
+        weight = whole.detach().t()
         self.weight: nn.Parameter | Quantized
         self.input: QuantizedInput | None = None
         if input_scale is None:
@@ -291,6 +293,12 @@ class DenoiserPart(nn.Module):
 
 class JoinedPart(DenoiserPart):
     """Two blocks in one pass: the mask says what each token sees, of the past and of this pass."""
+
+    def __init__(self, denoiser: DenoiserPart) -> None:
+        """The part on the very weights of `denoiser`."""
+        nn.Module.__init__(self)
+        self.layers, self.eps, self.fused = denoiser.layers, denoiser.eps, denoiser.fused
+        self.patch, self.blocks, self.head = denoiser.patch, denoiser.blocks, denoiser.head
 
     def forward(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
@@ -13,12 +14,14 @@ from asd_rt.errors import AsdError, EngineError
 from asd_rt.manifest import (
     Manifest,
     Part,
+    TensorSpec,
     manifest_path,
     read_manifest,
     sha256_file,
     verify,
     write_manifest,
 )
+from asd_rt.planner import is_large, runtime_of
 from export.bundle import (
     added_fields,
     added_parts,
@@ -27,13 +30,13 @@ from export.bundle import (
     scratch_folder,
 )
 from export.calibrate import choose_scheme
-from export.lowering import LOWERINGS, runtime_of
+from export.lowering import LOWERINGS, Lowering
 from export.onnx import export_part, serialize, tensor_specs
 from export.parity import BUDGETS, measure
 from export.parts import PartModule, engine_parts
 from export.settings import Settings, make_manifest
 from export.tensorrt import build_plan, import_tensorrt, profile_ranges
-from export.weights import share_weights
+from export.weights import WeightsFile
 from train.checkpoint import Checkpoint
 
 log = logging.getLogger(__name__)
@@ -114,28 +117,26 @@ def _fill(scratch: Path, checkpoint: Checkpoint, settings: Settings, target: Tar
     """Export, gate and, for a plan, compile every part into `scratch`; returns the manifest."""
     model = checkpoint.build_model()
     lowering = LOWERINGS[runtime_of(target.backend, target.precision, checkpoint.config)]
+    large = is_large(checkpoint.config)
     scheme = None
     if target.precision == "int8":
         draft = make_manifest(checkpoint, settings, target.precision, target.backend, NO_PARTS)
         scheme = choose_scheme(checkpoint, model, draft, BUDGETS["int8"].simulated)
-    modules = engine_parts(
-        checkpoint, model, target.precision, settings.latent_hw, lowering, scheme
-    )
-    graphs: dict[str, onnx.ModelProto] = {}
-    for name, module in modules.items():
-        began = perf_counter()
-        graphs[name] = export_part(name, module, lowering.opset)
-        log.info("  %-9s exported  %6.1f s", name, perf_counter() - began)
-    stem = f"asd_{target.precision}"
+    # A large network is measured at small latents, so its graphs leave the size open.
+    latent_hw = None if large else settings.latent_hw
+    modules = engine_parts(checkpoint, model, target.precision, latent_hw, lowering, scheme)
+    if large:  # its joined part would have the runtime hold all weights twice, to save little
+        modules.pop("joined", None)
+    file = scratch / f"asd_{target.precision}.weights"
     parts: dict[str, Part] = {}
-    if target.backend == "onnx":
-        file = scratch / f"{stem}.weights"
-        share_weights(graphs.values(), file)
-        parts["weights"] = Part(file.name, sha256_file(file), file.stat().st_size)
-        log.info("  weights   %8.3f MB", parts["weights"].bytes / 1e6)
-    for name, module in modules.items():
-        parts[name] = _write(scratch, stem, name, ".onnx", serialize(graphs[name]), module)
-    manifest = make_manifest(checkpoint, settings, target.precision, "onnx", parts)
+    with WeightsFile(file) as weights:
+        for name in list(modules):
+            began = perf_counter()
+            parts[name] = _export(scratch, target, lowering, name, modules.pop(name), weights)
+            log.info("  %-9s exported  %6.1f s", name, perf_counter() - began)
+    held = {"weights": Part(file.name, sha256_file(file), file.stat().st_size)}
+    log.info("  weights   %8.3f MB", held["weights"].bytes / 1e6)
+    manifest = make_manifest(checkpoint, settings, target.precision, "onnx", held | parts)
     began = perf_counter()
     parity = measure(scratch / parts["denoiser"].file, manifest, checkpoint, model)
     log.info("  parity    pass %.1e, rollout %.1e (budgets %.0e, %.0e) %.1f s",
@@ -150,13 +151,15 @@ def _fill(scratch: Path, checkpoint: Checkpoint, settings: Settings, target: Tar
     if hw is None:
         raise EngineError(f"{target.file}: {plan_obstacle(settings, target.precision)}")
     ranges = profile_ranges(settings.cache.block_frames, settings.capacity_frames, hw)
-    for name, module in modules.items():
+    for name, part in parts.items():
         began = perf_counter()
-        plan = build_plan(trt, name, module, graphs[name], ranges, target.gpus)
-        (scratch / parts[name].file).unlink()
-        parts[name] = _write(scratch, f"asd_{target.precision}", name, ".plan", plan, module)
+        graph = scratch / part.file
+        plan = build_plan(trt, name, graph, part.inputs, ranges, target.gpus)
+        graph.unlink()
+        parts[name] = _write(graph.with_suffix(".plan"), plan, part.inputs, part.outputs)
         log.info("  %-9s compiled  %8.3f MB %6.1f s  %s", name, parts[name].bytes / 1e6,
                  perf_counter() - began, ", ".join(target.gpus) or "this card")  # fmt: skip
+    file.unlink()
     parity |= {
         "measured_with": f"{parity['measured_with']}, on the graphs that the plans were compiled from"
     }
@@ -165,18 +168,33 @@ def _fill(scratch: Path, checkpoint: Checkpoint, settings: Settings, target: Tar
     )
 
 
-def _write(
-    folder: Path, stem: str, name: str, suffix: str, content: bytes, module: PartModule
+def _export(
+    scratch: Path,
+    target: Target,
+    lowering: Lowering,
+    name: str,
+    module: PartModule,
+    weights: WeightsFile,
 ) -> Part:
-    file = f"{stem}{suffix}" if name == "denoiser" else f"{stem}.{name}{suffix}"
-    (folder / file).write_bytes(content)
-    return Part(
-        file,
-        sha256_file(folder / file),
-        len(content),
-        tensor_specs(module.inputs),
-        tensor_specs(module.outputs),
-    )
+    """Write one part's graph, and its weights to theirs."""
+    # OpenVINO computes in bfloat16, whatever the weights are.
+    half = lowering is LOWERINGS["openvino"] and name in ("denoiser", "joined", "prompt")
+    graph = serialize(export_part(name, module, lowering.opset, weights, "bf16" if half else ""))
+    stem = f"asd_{target.precision}"
+    file = f"{stem}.onnx" if name == "denoiser" else f"{stem}.{name}.onnx"
+    part = _write(scratch / file, graph, tensor_specs(module.inputs), tensor_specs(module.outputs))
+    onnx.checker.check_model(scratch / file)  # by path: so it looks for weights beside the graph
+    return part
+
+
+def _write(
+    file: Path,
+    content: bytes | memoryview,
+    inputs: Mapping[str, TensorSpec],
+    outputs: Mapping[str, TensorSpec],
+) -> Part:
+    file.write_bytes(content)
+    return Part(file.name, sha256_file(file), file.stat().st_size, inputs, outputs)
 
 
 def _is_current(engine: Path, wanted: Manifest) -> bool:

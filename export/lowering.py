@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from asd_rt.config import ModelConfig
-
 
 @dataclass(frozen=True, slots=True)
 class Lowering:
@@ -32,16 +30,3 @@ LOWERINGS = {
     "openvino": Lowering(18, joined=True, fused=False, attention="products"),
     "tensorrt": Lowering(23, joined=False, fused=False, attention="torch"),
 }
-
-# Of an int8 network; below, OpenVINO loses more between products than it gains in them.
-SMALL_PARAMETERS = 8e6
-
-
-def runtime_of(backend: str, precision: str, model: ModelConfig) -> str:
-    """What runs the passes of an engine: a key of LOWERINGS."""
-    if backend != "onnx":
-        return "tensorrt"
-    a_layer = 8 * model.dim**2 + 2 * model.dim * model.ffn_dim
-    large = model.num_layers * a_layer >= SMALL_PARAMETERS
-    halved = precision == "bf16" or (precision == "int8" and large)
-    return "openvino" if halved else "onnxruntime"

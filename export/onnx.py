@@ -6,18 +6,21 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import torch
-from onnx import TensorProto, helper, numpy_helper
+from numpy.typing import NDArray
+from onnx import TensorProto, helper
 
 from asd_rt.decoding import STATE
 from asd_rt.errors import EngineError
 from asd_rt.manifest import TensorSpec
 from export.parts import PartModule, TensorShape
+from export.weights import MIN_BYTES, WeightsFile
 
-MAX_BYTES = 2**31 - 2**20  # a protobuf file ends at 2 GB
 HALF_MIN_ELEMENTS = 1024
 
 _EXAMPLE_SIZES = {"B": 2, "F": 3, "P": 7, "h": 6, "w": 4, "rows": 24, "columns": 16, "L": 5}
@@ -64,17 +67,21 @@ def _size(entry: int | str, sizes: Mapping[str, int]) -> int:
     return int(entry.removesuffix(symbol) or 1) * sizes[symbol]
 
 
-def export_part(name: str, part: PartModule, opset: int, half: bool = False) -> onnx.ModelProto:
+def export_part(
+    name: str, part: PartModule, opset: int, weights: WeightsFile | None = None, rounded: str = ""
+) -> onnx.ModelProto:
     """One part as an ONNX model; the same weights give the same bytes.
 
     Args:
         name: of the part, which becomes the graph's name.
         part: see `export.parts.engine_parts`.
         opset: of ONNX.
-        half: store all large weights in float16, rounded; they are computed with in float32.
+        weights: where weights go; the graph refers to them. None = they stay in the graph.
+        rounded: "bf16" stores float32 matrices in bfloat16, for what computes in it anyway; "fp16" all larger
+            float32 weights in float16; "" only those that float16 holds exactly.
 
     Raises:
-        EngineError: the exporter cannot lower the part, or the result is too large for one file.
+        EngineError: the exporter cannot lower the part.
     """
     dynamic = torch.export.Dim.DYNAMIC
     shapes = [
@@ -109,7 +116,8 @@ def export_part(name: str, part: PartModule, opset: int, half: bool = False) -> 
             raise EngineError(f"{name}: torch.onnx cannot export this part: {reason}") from error
     if program is None:
         raise EngineError(f"{name}: torch.onnx.export returned nothing")
-    return _clean(program.model_proto, name, part, half)
+    halved = {} if weights is None else _move_weights(program.model.graph, weights, rounded)
+    return _clean(program.model_proto, name, part, halved)
 
 
 @contextmanager
@@ -127,8 +135,54 @@ def _quiet_exporter() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _clean(model: onnx.ModelProto, name: str, part: PartModule, half: bool) -> onnx.ModelProto:
-    """Contract names in, stack traces and file names out, weights that allow it in half the bytes."""
+def _move_weights(graph: ir.Graph, weights: WeightsFile, rounded: str) -> dict[str, str]:
+    """Move the larger weights of `graph` into the file, those that allow it in half the bytes.
+
+    Returns:
+        suffix of the stored type by name, of float32 weights that are stored as another.
+    """
+    halved = {}
+    for name, value in graph.initializers.items():
+        tensor = value.const_value
+        if tensor is None:
+            raise EngineError(f"weight {name} has no value; the part was lowered wrongly")
+        stored, dtype = tensor.numpy(), tensor.dtype
+        if dtype == ir.DataType.FLOAT and stored.size >= HALF_MIN_ELEMENTS:
+            half = _halve(stored, rounded)
+            if half is not None:
+                stored, dtype, halved[name] = half
+        if stored.nbytes < MIN_BYTES:
+            continue
+        place = weights.add(stored)
+        value.const_value = ir.ExternalTensor(
+            weights.path.name,
+            place.offset,
+            place.length,
+            dtype,
+            shape=ir.Shape(stored.shape),
+            name=name,
+        )
+    return halved
+
+
+def _halve(
+    values: NDArray[np.float32], rounded: str
+) -> tuple[NDArray[Any], ir.DataType, str] | None:
+    """`values` in half the bytes, with their type and its suffix; None where that may not be."""
+    if rounded == "bf16" and values.ndim == 2:
+        half = torch.from_numpy(np.ascontiguousarray(values)).to(torch.bfloat16)
+        return half.view(torch.uint16).numpy(), ir.DataType.BFLOAT16, "bf16"
+    if np.abs(values).max() > np.finfo(np.float16).max:
+        return None
+    narrow = values.astype(np.float16)
+    keep = rounded == "fp16" or np.array_equal(narrow.astype(np.float32), values)
+    return (narrow, ir.DataType.FLOAT16, "fp16") if keep else None
+
+
+def _clean(
+    model: onnx.ModelProto, name: str, part: PartModule, halved: Mapping[str, str]
+) -> onnx.ModelProto:
+    """Contract names in, stack traces and file names out, a Cast behind `halved` weights."""
     graph = model.graph
     graph.name = name
     model.doc_string, model.producer_name, model.producer_version = "", "asd-rt", ""
@@ -153,14 +207,7 @@ def _clean(model: onnx.ModelProto, name: str, part: PartModule, half: bool) -> o
         raise EngineError(
             f"{name}: no node reads the inputs {', '.join(unused)}; the part was lowered wrongly"
         )
-    _halve_weights(graph, half)
-    size = model.ByteSize()
-    if size > MAX_BYTES:
-        raise EngineError(
-            f"{name}: {size / 1e9:.1f} GB of weights, but one ONNX file holds at most 2 GB; "
-            "build this checkpoint with --precision fp16"
-        )
-    onnx.checker.check_model(model)
+    _widen_weights(graph, halved)
     return model
 
 
@@ -189,28 +236,21 @@ def _widen_norm_inputs(graph: onnx.GraphProto) -> None:
     graph.node.extend(nodes)
 
 
-def _halve_weights(graph: onnx.GraphProto, rounded: bool) -> None:
-    """Store float32 weights that float16 holds exactly as float16 and a Cast; runtimes fold it on loading.
-
-    With `rounded`, also those that it does not hold exactly, unless they overflow.
-    """
+def _widen_weights(graph: onnx.GraphProto, halved: Mapping[str, str]) -> None:
+    """Give weights that are stored in half the bytes their Cast back; runtimes fold it on loading."""
     casts = []
     for tensor in graph.initializer:
-        tensor.doc_string = ""
         del tensor.metadata_props[:]
-        if tensor.data_type != TensorProto.FLOAT:
-            continue
-        values = numpy_helper.to_array(tensor)
-        if values.size < HALF_MIN_ELEMENTS or np.abs(values).max() > np.finfo(np.float16).max:
-            continue
-        half = values.astype(np.float16)
-        if not rounded and not np.array_equal(half.astype(np.float32), values):
-            continue
         original = tensor.name
-        stored = f"{original}.fp16"
-        tensor.CopyFrom(numpy_helper.from_array(half, stored))
+        if original not in halved:
+            tensor.doc_string = ""
+            continue
+        tensor.ClearField("doc_string")
+        tensor.name = f"{original}.{halved[original]}"
         casts.append(
-            helper.make_node("Cast", [stored], [original], f"cast_{original}", to=TensorProto.FLOAT)
+            helper.make_node(
+                "Cast", [tensor.name], [original], f"cast_{original}", to=TensorProto.FLOAT
+            )
         )
     nodes = [*casts, *graph.node]
     del graph.node[:]

@@ -113,10 +113,9 @@ def engine_parts(
         return given | {"rope_sin": rope} | more | held
 
     made = {"flow": flow} | layers("new", tokens)
+    denoiser = DenoiserPart(model, kv, lowering, scheme)
     parts = {
-        "denoiser": PartModule(
-            DenoiserPart(model, kv, lowering, scheme), inputs((rows, c.dim)), made
-        ),
+        "denoiser": PartModule(denoiser, inputs((rows, c.dim)), made),
         "time": PartModule(
             TimePart(model), {"timestep": (f32, (1,))}, {"modulation": (f32, (rows, c.dim))}
         ),
@@ -129,7 +128,7 @@ def engine_parts(
     if lowering.joined:
         mask: TensorShape = (torch.bool, (tokens, "S"))
         parts["joined"] = PartModule(
-            JoinedPart(model, kv, lowering, scheme), inputs((rows, "F", 1, c.dim), mask=mask), made
+            JoinedPart(denoiser), inputs((rows, "F", 1, c.dim), mask=mask), made
         )
     if checkpoint.table is not None:
         parts["text"] = PartModule(

@@ -9,6 +9,7 @@ from torch import Tensor
 from asd_rt.backends.base import FloatArray
 from asd_rt.manifest import Manifest
 from asd_rt.plan import Plan
+from asd_rt.planner import is_large
 from asd_rt.session import Session
 from export.reference import TorchEngine
 from train.checkpoint import Checkpoint
@@ -21,15 +22,20 @@ MAX_ROLLOUT_BLOCKS = 8
 
 def latent_sizes(manifest: Manifest) -> tuple[tuple[int, int], ...]:
     """Latent sizes to measure an engine at."""
-    return FREE_LATENT_SIZES if manifest.latent_hw is None else (manifest.latent_hw,)
+    if manifest.latent_hw is not None:
+        return (manifest.latent_hw,)
+    return FREE_LATENT_SIZES[:1] if is_large(manifest.model) else FREE_LATENT_SIZES
 
 
 def rollout_frames(manifest: Manifest) -> int:
-    """Frames of a rollout: past the end of the window where that is affordable, three blocks without one."""
+    """Frames of a rollout: past the end of the window where that is affordable, three blocks without one.
+
+    Two blocks of a large network.
+    """
     cache = manifest.cache
     block = cache.block_frames
     blocks = -(-cache.window_frames // block) + 2 if cache.window_frames else 3
-    blocks = min(blocks, MAX_ROLLOUT_BLOCKS)
+    blocks = min(blocks, 2 if is_large(manifest.model) else MAX_ROLLOUT_BLOCKS)
     if cache.max_frames and not cache.window_frames:
         blocks = min(blocks, cache.max_frames // block)
     return blocks * block

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -12,11 +13,13 @@ from asd_rt.config import CacheConfig
 from asd_rt.errors import ConfigError
 from asd_rt.manifest import Manifest, Part
 from asd_rt.plan import FixedPlan
+from asd_rt.planner import runtime_of
 from asd_rt.schedule import STEP_LISTS, Schedule
-from export.lowering import runtime_of
 from train.checkpoint import Checkpoint
 from train.codec import PATCH
 from train.deployment import check_latent_hw
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -72,8 +75,24 @@ def resolve(checkpoint: Checkpoint, flags: Overrides, plan: FixedPlan) -> Settin
             f"--latent-size {latent_hw[0]}x{latent_hw[1]}: checkpoint {checkpoint.name} was trained for "
             f"{told.latent_hw[0]}x{told.latent_hw[1]} alone; leave the flag out"
         )
+    _warn_untrained(checkpoint, cache)
     schedule = Schedule(float(pick(flags.timestep_shift, told.timestep_shift)))
     return Settings(cache, schedule, latent_hw, plan)
+
+
+def _warn_untrained(checkpoint: Checkpoint, cache: CacheConfig) -> None:
+    """Say where an engine is to do what its checkpoint was not trained for."""
+    told = checkpoint.deployment
+    if cache.block_frames != told.block_frames:
+        log.warning(
+            "--block-frames %d: checkpoint %s is for blocks of %d frames; expect a worse picture",
+            *(cache.block_frames, checkpoint.name, told.block_frames),
+        )
+    if told.window_frames and not 0 < cache.window_frames <= told.window_frames:
+        log.warning(
+            "--window-frames %d: checkpoint %s never saw more than %d frames at once",
+            *(cache.window_frames, checkpoint.name, told.window_frames),
+        )
 
 
 def make_manifest(
@@ -109,7 +128,8 @@ def make_manifest(
         display_scale=told.display_scale,
         tokenizer=None if told.words is None else {"kind": "vocabulary", "words": dict(told.words)},
         parts=parts,
-        checkpoint={"name": checkpoint.name, "sha256": checkpoint.sha256},
+        checkpoint={"name": checkpoint.name, "sha256": checkpoint.sha256}
+        | ({"trained_frames": told.trained_frames} if told.trained_frames else {}),
         tools=tool_versions(backend),
         gpus=gpus,
         codec=_own_codec(checkpoint) if "decoder" in parts else None,

@@ -11,13 +11,14 @@ import importlib.util
 import re
 from collections.abc import Mapping, Sequence
 from functools import cache
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import onnx
 
 from asd_rt.errors import BackendError, EngineError
-from export.parts import PartModule
+from asd_rt.manifest import TensorSpec
 
 MODULES = ("tensorrt", "tensorrt_rtx")
 INSTALL = "pip install 'asd-rt[rtx]' for RTX cards, or TensorRT 11 from NVIDIA's index for data-centre ones"
@@ -73,19 +74,19 @@ def check_gpus(trt: ModuleType, gpus: Sequence[str]) -> tuple[str, ...]:
 def build_plan(
     trt: ModuleType,
     name: str,
-    part: PartModule,
-    model: onnx.ModelProto,
+    file: Path,
+    inputs: Mapping[str, TensorSpec],
     ranges: Mapping[str, Range],
     gpus: Sequence[str],
-) -> bytes:
+) -> memoryview:
     """Build one part's plan.
 
     Args:
         trt: `import_tensorrt()`.
         name: of the part, for errors.
-        part: whose shape symbols `ranges` is about.
-        model: the part as ONNX.
-        ranges: (smallest, most usual, largest) size of every symbol.
+        file: the part as ONNX, its weights inside or in a file beside it.
+        inputs: of the part.
+        ranges: (smallest, most usual, largest) size of every symbol in their shapes.
         gpus: targets such as "sm89"; empty = the present card.
 
     Raises:
@@ -97,14 +98,14 @@ def build_plan(
     builder = trt.Builder(logger)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, logger)
-    parsed = parser.parse(model.SerializeToString())
+    parsed = parser.parse_from_file(str(file))
     errors = [_parser_error(parser.get_error(i)) for i in range(parser.num_errors)]
     if not parsed or errors:
         raise EngineError(
             f"{name}: {trt.__name__} cannot take this graph: {'; '.join(errors) or 'no reason given'}"
         )
-    inputs = {network.get_input(i).name for i in range(network.num_inputs)}
-    unused = [key for key in part.inputs if key not in inputs]
+    read = {network.get_input(i).name for i in range(network.num_inputs)}
+    unused = [key for key in inputs if key not in read]
     unused += [text for _, text in logger.lines if "unused input" in text.lower()]
     if unused:
         raise EngineError(
@@ -115,8 +116,8 @@ def build_plan(
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     _set_targets(trt, name, config, gpus)
     profile = builder.create_optimization_profile()
-    for key, (_, shape) in part.inputs.items():
-        sizes = [[ranges[n][i] if isinstance(n, str) else n for n in shape] for i in range(3)]
+    for key, spec in inputs.items():
+        sizes = [[ranges[n][i] if isinstance(n, str) else n for n in spec.shape] for i in range(3)]
         profile.set_shape(key, *sizes)
     if config.add_optimization_profile(profile) < 0:
         raise EngineError(
@@ -125,8 +126,8 @@ def build_plan(
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise EngineError(f"{name}: {trt.__name__} built nothing: {_last_error(logger)}")
-    _check_attention(name, model, logger)
-    return bytes(plan)
+    _check_attention(name, onnx.load(file, load_external_data=False), logger)
+    return memoryview(plan)
 
 
 def profile_ranges(block: int, capacity: int, latent_hw: tuple[int, int]) -> dict[str, Range]:
@@ -144,6 +145,8 @@ def profile_ranges(block: int, capacity: int, latent_hw: tuple[int, int]) -> dic
         "F": (block, block, 2 * block),
         "T": (block * tokens, block * tokens, 2 * block * tokens),
         "P": (0, past, past),
+        "h": (latent_hw[0],) * 3,
+        "w": (latent_hw[1],) * 3,
     }
 
 

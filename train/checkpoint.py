@@ -109,6 +109,39 @@ def load_checkpoint(path: Path | str) -> Checkpoint:
         ConfigError: config.json or deployment.json has unknown keys or impossible values.
     """
     place = locate(Path(path))
+    found = _look(place)
+    config, shapes = found.config, {name: t.shape for name, t in found.stored.items()}
+    expected = weight_shapes(config)
+    types = {name: tensor.dtype for name, tensor in found.stored.items()}
+    check_shapes(str(place.path), shapes, expected, types, found.note)
+    deployment, codec, table = _read_parts(place, config)
+
+    weights = {name: found.stored[name].read() for name in expected}
+    check_finite(place.path, weights)
+    checkpoint = Checkpoint(place.name, digest(place), config, weights, deployment, codec, table)
+    _report(place, found.contents, found.origin, config)
+    return checkpoint
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Found:
+    """What is known of a checkpoint before a weight is read.
+
+    Attributes:
+        contents: its files'.
+        stored: tensors under official keys.
+        config, origin: of the network, and where what config.json does not say came from.
+        note: what contradicts, for errors.
+    """
+
+    contents: Contents
+    stored: dict[str, Stored]
+    config: ModelConfig
+    origin: Mapping[str, str]
+    note: str
+
+
+def _look(place: Place) -> _Found:
     contents = open_tensors(place)
     stored = _official(place, contents)
     shapes = {name: tensor.shape for name, tensor in stored.items()}
@@ -116,16 +149,15 @@ def load_checkpoint(path: Path | str) -> Checkpoint:
     note = contradictions(place.config, config, shapes)
     if place.folder is None and SHARD.search(place.path.name):
         note += "this is one shard of several, give the folder; "
-    expected = weight_shapes(config)
-    types = {name: tensor.dtype for name, tensor in stored.items()}
-    check_shapes(str(place.path), shapes, expected, types, note)
-    deployment, codec, table = _read_parts(place, config)
+    return _Found(contents, stored, config, origin, note)
 
-    weights = {name: stored[name].read() for name in expected}
-    check_finite(place.path, weights)
-    checkpoint = Checkpoint(place.name, digest(place), config, weights, deployment, codec, table)
-    _report(place, contents, origin, config)
-    return checkpoint
+
+def describe_checkpoint(path: Path | str) -> Checkpoint:
+    """A checkpoint without its weights and their hash, to plan with; otherwise as `load_checkpoint`."""
+    place = locate(Path(path))
+    config = _look(place).config
+    deployment, codec, table = _read_parts(place, config)
+    return Checkpoint(place.name, "0" * 64, config, {}, deployment, codec, table)
 
 
 def _official(place: Place, contents: Contents) -> dict[str, Stored]:

@@ -22,6 +22,7 @@ class Deployment:
         fps: frames a second of the decoded video.
         display_scale: whole factor by which a viewer enlarges frames.
         words: token id of each word that a prompt may hold; None = prompts come as embeddings.
+        trained_frames: latent frames of the longest video in training; 0 = unknown.
     """
 
     block_frames: int = 3
@@ -32,12 +33,14 @@ class Deployment:
     fps: int = 16
     display_scale: int = 1
     words: Mapping[str, int] | None = None
+    trained_frames: int = 0
 
     def __post_init__(self) -> None:
         for name, minimum in (
             ("block_frames", 1),
             ("window_frames", 0),
             ("sink_frames", 0),
+            ("trained_frames", 0),
             ("fps", 1),
             ("display_scale", 1),
         ):

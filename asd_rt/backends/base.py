@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from asd_rt.errors import BackendError
+from asd_rt.fitting import MIN_LATENT, check_fits
 from asd_rt.kv_cache import Move
 from asd_rt.manifest import Manifest, late_parts, read_manifest, verify
 
@@ -152,9 +153,12 @@ def open_backend(path: str | Path, threads: int | None = None) -> Engine:
     Raises:
         EngineError: engine or manifest is absent or damaged.
         BackendError: the backend is not installed or cannot run here.
+        ConfigError: this machine has not the memory for it.
     """
     engine = Path(path)
     manifest = read_manifest(engine)
+    # The least that it will ever need; what a video needs is checked when one is asked for.
+    check_fits(engine, manifest, 1, manifest.latent_hw or (MIN_LATENT, MIN_LATENT))
     verify(engine, manifest, skip=late_parts(manifest))
     if manifest.backend == "onnx":
         from asd_rt.backends import ort

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from asd_rt.backends.openvino_weights import keep_weights_half
 from asd_rt.errors import BackendError
 from asd_rt.files import cache_folder
 from asd_rt.manifest import Part
@@ -113,11 +114,16 @@ class OpenVinoSession:
         RuntimeError: it refuses the graph.
     """
 
-    def __init__(self, file: Path, part: Part, threads: int, sizes: Mapping[str, int]) -> None:
-        """Compile `file` for `threads`; `sizes` of the symbols in the shapes of `part` that are fixed."""
+    def __init__(
+        self, file: Path, part: Part, threads: int, sizes: Mapping[str, int], large: bool = False
+    ) -> None:
+        """Compile `file` for `threads`; `sizes` of the symbols in the shapes of `part` that are fixed.
+
+        A `large` network compiles faster than its gigabytes come back from the disk, so it is not kept there.
+        """
         self._openvino = import_openvino()
         core = self._openvino.Core()
-        folder = cache_folder()
+        folder = None if large else cache_folder()
         if folder is not None:
             core.set_property({"CACHE_DIR": str(folder / "openvino")})
         model = core.read_model(str(file))
@@ -127,6 +133,8 @@ class OpenVinoSession:
         }
         model.reshape(shapes)
         keep_keys_whole(self._openvino, model)
+        if large:
+            keep_weights_half(self._openvino, model)
         self._halved = {
             name for name in (*part.inputs, *part.outputs) if name.startswith(HALVED_PREFIXES)
         }

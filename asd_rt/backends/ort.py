@@ -22,6 +22,7 @@ from asd_rt.errors import BackendError, EngineError
 from asd_rt.machine import instruction_sets, usable_cores
 from asd_rt.manifest import REBUILD, Manifest, TensorSpec, late_parts, part_path
 from asd_rt.manifest_schema import CODEC_GRAPHS
+from asd_rt.planner import is_large
 
 CPU_PROVIDER = "CPUExecutionProvider"
 INSTALL = "pip install 'asd-rt[cpu]'"
@@ -115,9 +116,14 @@ class OrtEngine:
         self._is_small = weights.stat().st_size < SMALL_BYTES
         # OpenVINO is faster at fixed sizes by a third. A window has few; without one they are too many.
         self._on_openvino = manifest.runtime == "openvino"
-        self._fixes_sizes = self._on_openvino and bool(manifest.cache.window_frames)
+        # A large network cannot be held once for every size; its products are large at any.
+        self._is_large = is_large(manifest.model)
+        windowed = bool(manifest.cache.window_frames)
+        self._fixes_sizes = self._on_openvino and windowed and not self._is_large
         for part in manifest.parts:
             late = (*_LATE, *_PASSES[: self._fixes_sizes], *late_parts(manifest))
+            if self._is_large:
+                late += ("prompt",)
             if part not in late:
                 self.session(part)
         self.denoiser = OrtDenoiser(path, manifest, self.session)
@@ -128,7 +134,7 @@ class OrtEngine:
         return f"{name}, {self.threads} {'thread' if self.threads == 1 else 'threads'}"
 
     def session(self, part: str, sizes: Mapping[str, int] | None = None) -> Any:
-        """The onnxruntime session of `part`, created once.
+        """The onnxruntime session of `part`, created once (a large network's prompt part: when asked for).
 
         Args:
             part: of the engine.
@@ -140,9 +146,13 @@ class OrtEngine:
         """
         fixed = sizes if sizes and self._fixes_sizes else {}
         key = part, tuple(fixed.values())
-        if key not in self._sessions:
-            self._sessions[key] = self._load(part, fixed)
-        return self._sessions[key]
+        found = self._sessions.get(key)
+        if found is None:
+            found = self._load(part, fixed)
+            # A prompt takes a tenth of a large network's weights, once: they are not worth their memory.
+            if not (self._is_large and part == "prompt"):
+                self._sessions[key] = found
+        return found
 
     def _load(self, part: str, fixed: Mapping[str, int]) -> Any:
         if self._closed:
@@ -152,7 +162,7 @@ class OrtEngine:
         try:
             if on_openvino:
                 _log.info("compiling %s for %s", file, dict(fixed) or "any size")
-                return OpenVinoSession(file, spec, self.threads, fixed)
+                return OpenVinoSession(file, spec, self.threads, fixed, self._is_large)
             session = ort.InferenceSession(
                 str(file),
                 self._options(ort, part),

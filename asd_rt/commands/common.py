@@ -17,6 +17,7 @@ from asd_rt.errors import AsdError
 from asd_rt.manifest import Manifest, read_manifest
 from asd_rt.schedule import MAX_STEPS
 
+_SIZE = re.compile(r"([0-9]{1,6})[xX]([0-9]{1,6})")
 _INTEGER = re.compile(r"[+-]?[0-9]{1,30}")
 _NUMBER = re.compile(
     r"[+-]?([0-9]{1,30}\.?[0-9]{0,30}|\.[0-9]{1,30})(e[+-]?[0-9]{1,3})?", re.IGNORECASE
@@ -101,6 +102,16 @@ class Problems:
     def steps(self, flag: str, text: str | None) -> int | None:
         """Denoising steps, 1..4."""
         return self.integer(flag, text, 1, MAX_STEPS)
+
+    def latent_size(self, flag: str, text: str | None) -> tuple[int, int] | None:
+        """Latent (rows, columns), both even; None when not given."""
+        if text is None:
+            return None
+        match = _SIZE.fullmatch(text)
+        if match and all(int(n) >= 2 and int(n) % 2 == 0 for n in match.groups()):
+            return int(match[1]), int(match[2])
+        self.usage(f"{flag} must be two even numbers such as 60x104, found {text!r}")
+        return None
 
     def number(self, flag: str, text: str | None, low: float, high: float) -> float | None:
         """The number that `flag` was given; None when it was not, or is no number in low..high."""

@@ -8,20 +8,30 @@ from typing import Any
 
 from asd_rt.arguments import default_frames
 from asd_rt.bench import cache_bytes
-from asd_rt.commands.common import Outcome, add_json, size_text, table
+from asd_rt.commands.common import Outcome, Problems, add_json, size_text, table
 from asd_rt.errors import EngineError
 from asd_rt.manifest import Manifest, check_part, read_manifest
+from asd_rt.memory_report import memory_report, memory_text
+from asd_rt.planner import USUAL_LATENT_HW, video_of
 
 HELP = "show what an engine is and check its files"
 EXAMPLES = """examples:
   asd-rt inspect engines/asd_fp32.onnx
   asd-rt inspect engines/asd_fp16.plan --json | jq .manifest.parity
+  asd-rt inspect engines/asd_bf16.onnx --frames 21 --latent-size 60x104
+      what memory such a video takes
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `inspect`."""
     parser.add_argument("engine", metavar="PATH", help="engine file; its manifest lies beside it")
+    parser.add_argument("--frames", metavar="N", help="latent frames to plan memory for")
+    parser.add_argument(
+        "--latent-size",
+        metavar="HxW",
+        help="latents to plan memory for, where the engine fixes none",
+    )
     add_json(parser)
 
 
@@ -32,9 +42,14 @@ def execute(args: argparse.Namespace) -> Outcome:
         EngineError: no such engine, or no readable manifest.
     """
     path = Path(args.engine)
+    flags = Problems()
+    asked_frames = flags.integer("--frames", args.frames, 1)
+    asked_hw = flags.latent_size("--latent-size", args.latent_size)
+    flags.raise_any()
     manifest = read_manifest(path)
     problems = {name: _problem(path, manifest, name) for name in manifest.parts}
-    frames = default_frames(manifest)
+    frames = asked_frames or default_frames(manifest)
+    video = video_of(manifest, frames, manifest.latent_hw or asked_hw or USUAL_LATENT_HW)
     damaged = [line for line in problems.values() if line]
     document = {
         "engine": str(path),
@@ -47,6 +62,7 @@ def execute(args: argparse.Namespace) -> Outcome:
             "tokens_per_frame": _tokens_per_frame(manifest),
             "bytes": cache_bytes(manifest, frames),
         },
+        "memory": memory_report(video),
     }
     return Outcome(document, _text(document, manifest, problems), code=1 if damaged else 0)
 
@@ -103,14 +119,14 @@ def _text(document: dict[str, Any], manifest: Manifest, problems: dict[str, str 
         ),
         ("video", _video(manifest)),
         ("prompts", _prompts(manifest)),
-        ("checkpoint", " ".join(str(value) for value in manifest.checkpoint.values())),
+        ("checkpoint", " ".join(_flatten(manifest.checkpoint))),
         ("tools", ", ".join(f"{name} {version}" for name, version in manifest.tools.items())),
         ("parity", ", ".join(_flatten(manifest.parity)) or "not measured"),
     ]
     for name, part in manifest.parts.items():
         state = problems[name] or f"ok, {size_text(part.bytes)}, sha256 {part.sha256[:16]}..."
         rows.append((f"part {name}", f"{part.file}: {state}" if not problems[name] else state))
-    return table(rows)
+    return f"{table(rows)}\n\n{memory_text(document['memory'])}"
 
 
 def _video(manifest: Manifest) -> str:

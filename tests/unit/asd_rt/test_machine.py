@@ -76,3 +76,37 @@ def test_respects_affinity() -> None:
         assert machine.usable_cores() == 1
     finally:
         os.sched_setaffinity(0, allowed)
+
+
+@pytest.mark.parametrize(
+    ("own", "above", "left"),
+    [
+        (("max", "100"), ("max", "100"), None),
+        (("1000", "300"), ("max", "900"), 750),
+        (("1000", "300"), ("1200", "900"), 350),
+        (("100", "300"), ("max", "300"), 0),
+    ],
+)
+def test_memory_that_groups_leave(tmp_path, own, above, left) -> None:
+    """A group may still take what is left of its limit, and the 50 bytes of files that can be dropped."""
+    root = tmp_path / "cgroup"
+    for name, (limit, used) in (("box", above), ("box/job", own)):
+        stat = "anon 7\ninactive_file 50\nactive_file 9"
+        group(root, name, {"memory.max": limit, "memory.current": used, "memory.stat": stat})
+    assert machine.cgroup_memory_left(root, membership(tmp_path, "0::/box/job")) == left
+
+
+def test_memory_that_groups_of_version_1_leave(tmp_path) -> None:
+    files = {"memory.limit_in_bytes": "500", "memory.usage_in_bytes": "200"}
+    group(tmp_path / "cgroup", "memory/job", {**files, "memory.stat": "total_inactive_file 25"})
+    lines = ("4:memory:/job", "0::/")
+    assert machine.cgroup_memory_left(tmp_path / "cgroup", membership(tmp_path, *lines)) == 325
+
+
+def test_memory_of_this_machine() -> None:
+    available, resident = machine.available_memory_bytes(), machine.resident_memory_bytes()
+    assert available is not None
+    assert 0 < available <= (machine.total_memory_bytes() or 0)
+    held = bytearray(64 << 20)
+    held[:: 1 << 12] = b"x" * len(held[:: 1 << 12])  # touches every page
+    assert machine.resident_memory_bytes() >= resident + (48 << 20)

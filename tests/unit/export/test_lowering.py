@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import pytest
 
+from asd_rt.planner import runtime_of
 from benchmarks.sizes import SIZES
-from export.lowering import LOWERINGS, runtime_of
+from export.lowering import LOWERINGS
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,8 @@ import pytest
 from onnx import TensorProto, helper
 
 from asd_rt.errors import BackendError, EngineError
-from asd_rt.manifest import read_manifest, verify
+from asd_rt.manifest import TensorSpec, read_manifest, verify
 from export.build import main
-from export.parts import PartModule
 from export.tensorrt import build_plan, check_gpus, import_tensorrt, profile_ranges
 
 pytestmark = pytest.mark.skipif(
@@ -61,9 +60,7 @@ def test_wishes_that_cannot_be_met(
     assert list(tmp_path.iterdir()) == []
 
 
-def toy_graph(op: str, unused: bool = False) -> tuple[PartModule, onnx.ModelProto]:
-    import torch
-
+def toy_graph(op: str, unused: bool = False) -> tuple[dict[str, TensorSpec], onnx.ModelProto]:
     names = ["x", "y"] if unused else ["x"]
     inputs = [
         helper.make_tensor_value_info(n, TensorProto.FLOAT, ["B", 4])
@@ -73,25 +70,27 @@ def toy_graph(op: str, unused: bool = False) -> tuple[PartModule, onnx.ModelProt
     node = helper.make_node(op, ["x"], ["z"], "the_node")
     graph = helper.make_graph([node], "toy", inputs, [output])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
-    spec = (torch.float32, ("B", 4))
-    part = PartModule(
-        torch.nn.Identity(), dict.fromkeys(("x", "y") if unused else ("x",), spec), {"z": spec}
-    )
-    return part, model
+    return dict.fromkeys(("x", "y")[: len(names)], TensorSpec("float32", ("B", 4))), model
 
 
-def test_unsupported_node_is_named() -> None:
-    part, model = toy_graph("Det")
+def compile_toy(folder: Path, inputs: dict[str, TensorSpec], model: onnx.ModelProto) -> None:
+    file = folder / "toy.onnx"
+    onnx.save(model, file)
+    build_plan(import_tensorrt(), "toy", file, inputs, {"B": (1, 1, 2)}, GPUS[:1])
+
+
+def test_unsupported_node_is_named(tmp_path: Path) -> None:
+    inputs, model = toy_graph("Det")
     with pytest.raises(EngineError, match="Det node the_node") as error:
-        build_plan(import_tensorrt(), "toy", part, model, {"B": (1, 1, 2)}, GPUS[:1])
+        compile_toy(tmp_path, inputs, model)
     assert "\n" not in str(error.value)
 
 
-def test_missing_input_is_named() -> None:
-    part, model = toy_graph("Relu", unused=True)
+def test_missing_input_is_named(tmp_path: Path) -> None:
+    inputs, model = toy_graph("Relu", unused=True)
     del model.graph.input[1]
     with pytest.raises(EngineError, match=r"Unused Input.*y"):
-        build_plan(import_tensorrt(), "toy", part, model, {"B": (1, 1, 2)}, GPUS[:1])
+        compile_toy(tmp_path, inputs, model)
 
 
 def test_targets_are_checked() -> None:
