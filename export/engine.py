@@ -211,7 +211,8 @@ def _is_current(engine: Path, wanted: Manifest) -> bool:
         verify(engine, found, skip=added_parts(found))
     except AsdError as error:
         raise EngineError(f"{engine}: exists but is damaged; {mend} ({error})") from error
-    apart = {"parts", "parity", "sources"} | added_fields(found)
+    # The checkpoint's hash stands for its own codec, `sources` for an added one.
+    apart = {"parts", "parity", "sources", "codec"} | added_fields(found)
     old, new = (
         {k: v for k, v in manifest.to_json().items() if k not in apart}
         for manifest in (found, wanted)
