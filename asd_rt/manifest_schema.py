@@ -251,6 +251,9 @@ def _problems(m: Manifest) -> list[str]:
     )
     for name in ("checkpoint", "tools", "parity"):
         check(isinstance(getattr(m, name), dict), name, "an object")
+    if isinstance(m.checkpoint, dict) and "trained_frames" in m.checkpoint:
+        whole = _is_size(m.checkpoint["trained_frames"])
+        check(whole, "checkpoint", "an object whose trained_frames is a whole number >= 1")
     for name in m.parts:
         if name not in PART_NAMES:
             found.append(f"parts: unknown part {name}; known: {', '.join(PART_NAMES)}")
