@@ -274,6 +274,9 @@ def _problems(m: Manifest) -> list[str]:
         check(isinstance(getattr(m, name), dict), name, "an object")
     if isinstance(m.sources, dict) and not all(map(_is_source, m.sources.values())):
         found.append(f'sources must name their "parts", found {m.sources!r}')
+    if isinstance(m.checkpoint, dict) and "trained_frames" in m.checkpoint:
+        whole = _is_size(m.checkpoint["trained_frames"])
+        check(whole, "checkpoint", "an object whose trained_frames is a whole number >= 1")
     for name in m.parts:
         if name not in PART_NAMES:
             found.append(f"parts: unknown part {name}; known: {', '.join(PART_NAMES)}")
