@@ -9,13 +9,14 @@ bfloat16, but keeps the keys and values of every layer until a pass ends. Their 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from math import prod
 
 import numpy as np
 
 from asd_rt.config import CacheConfig, ModelConfig
+from asd_rt.decoding import codec_memory
 from asd_rt.manifest_schema import Manifest, TensorSpec
 
 LARGE_PARAMETERS = 500_000_000
@@ -73,6 +74,7 @@ class Video:
         joined: with joined passes.
         dumped: the cache is read out at the end, in float32.
         state: tensors that the decoder keeps from block to block, by name.
+        decoding: latent size -> bytes that the decoder needs beside them while it runs; None = nothing.
     """
 
     model: ModelConfig
@@ -85,6 +87,7 @@ class Video:
     joined: bool = False
     dumped: bool = False
     state: Mapping[str, TensorSpec] = field(default_factory=dict)
+    decoding: Callable[[tuple[int, int]], int] | None = None
 
     @property
     def frame_tokens(self) -> int:
@@ -111,7 +114,7 @@ class MemoryPlan:
         cache: keys and values of the past and of the current block.
         prompt: keys and values of the prompt.
         state: of the decoder, from block to block.
-        activations: what a pass needs while it runs.
+        activations: what a pass, or the decoder, needs while it runs.
         results: the cache that is read out, and its copy on the way to a file.
         program: the process itself.
         mapped: weights that are seen through their file; the system takes that memory back when it is short.
@@ -153,7 +156,7 @@ def plan_memory(video: Video) -> MemoryPlan:
         cache=values * slots * width,
         prompt=values * model.text_len * width,
         state=sum(_state_bytes(spec, video) for spec in video.state.values()),
-        activations=_activations(video),
+        activations=max(_activations(video), _decoding(video)),  # one after the other
         results=2 * 4 * values * slots if video.dumped else 0,
         program=OPENVINO_BYTES if openvino else ORT_BYTES,
         mapped=mapped,
@@ -198,6 +201,10 @@ def _activations(video: Video) -> int:
     return max(run, read)
 
 
+def _decoding(video: Video) -> int:
+    return 0 if video.decoding is None else video.decoding(video.latent_hw)
+
+
 def _state_bytes(spec: TensorSpec, video: Video) -> int:
     """Bytes of a decoder's tensor; in its shape "h" is latent rows, "8w" 8 times the columns."""
     sizes = {"h": video.latent_hw[0], "w": video.latent_hw[1], "B": video.batch}
@@ -231,4 +238,7 @@ def video_of(
         joined=joined,
         dumped=dumped,
         state={name: spec for name, spec in state.items() if name.startswith(STATE_PREFIX)},
+        decoding=None
+        if decoder is None
+        else lambda hw: codec_memory(manifest, "decoder", hw).working_bytes,
     )
