@@ -14,8 +14,7 @@ from asd_rt.errors import EngineError
 from asd_rt.manifest import TensorSpec, read_manifest
 from export import codec as codec_module
 from export.build import main
-from export.bundle import replace_parts
-from export.codec import CodecChoice, codec_parts, fill_codec, measure_codec
+from export.codec import CodecChoice, codec_parts, measure_codec
 from train.taehv import TaehvDecoder
 from train.vae import WanDecoder, WanEncoder, WanVae
 from train.vae_config import WanVaeConfig
@@ -72,40 +71,38 @@ def test_broken_files_leave_nothing(
         refused(words, tmp_path, told, capsys)
 
 
-def test_parts_are_replaced_one_by_one(
-    built: Path, taehv: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_codec_is_added_to_an_engine(
+    bare_student: Path, taehv: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The linear codec goes, TAEHV comes with half-precision weights and caches, the rest stays."""
-    engine, scratch = tmp_path / "asd_fp32.onnx", tmp_path / "scratch"
-    scratch.mkdir()
-    for path in built.iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
+    """TAEHV with half-precision weights and caches comes in; the rest stays, also when all is built again."""
+    engine = tmp_path / "asd_fp32.onnx"
+    words = ["--checkpoint", str(bare_student), "--target", "onnx", "--out", str(tmp_path)]
+    assert main(words) == 0
     old = read_manifest(engine)
-    choice = CodecChoice(load_codec(taehv), "fp16")
-    new, made = fill_codec(scratch, old, choice, 18)
-    replace_parts(engine, old, new, made, scratch)
-    assert read_manifest(engine) == new and not os.listdir(scratch)
-    files = {path.name for path in tmp_path.iterdir() if path.is_file()}
+    assert main([*words, "--vae", str(taehv), "--vae-precision", "fp16"]) == 0
+    new = read_manifest(engine)
+    files = {path.name for path in tmp_path.iterdir()}
     assert files == {"asd_fp32.onnx.json", *(part.file for part in new.parts.values())}
-    assert "asd_fp32.encoder.onnx" not in files
-    assert new.codec == {
-        "kind": "taehv",
-        "spatial": 8,
-        "temporal": 4,
+    assert new.codec == {"kind": "taehv", "spatial": 8, "temporal": 4}
+    assert new.sources["codec"] == {
         "name": "taew2_1.pth",
         "sha256": load_codec(taehv).sha256,
         "precision": "fp16",
+        "parts": ["codec_weights", "decoder_first", "decoder"],
     }
     states = [s for n, s in new.parts["decoder"].inputs.items() if n.startswith(STATE)]
     assert len(states) == 9 and {spec.dtype for spec in states} == {"float16"}
     assert 0 < new.parity["codec"]["largest"]["decoder"] <= 5e-2
+    assert {name: new.parts[name] for name in old.parts} == dict(old.parts)
+
+    assert main([*words, "--force"]) == 0
+    again = read_manifest(engine)
+    assert again.codec == new.codec and again.parts["decoder"] == new.parts["decoder"]
     monkeypatch.setitem(codec_module.BUDGETS, "fp16", 1e-6)
     with pytest.raises(
         EngineError, match=r"parity with float32 torch failed.*--vae-precision fp32"
     ):
-        measure_codec(tmp_path, new, choice)
-    kept = old.parts.keys() - {"decoder", "encoder"}
-    assert {name: new.parts[name] for name in kept} == {name: old.parts[name] for name in kept}
+        measure_codec(tmp_path, new, CodecChoice(load_codec(taehv), "fp16"))
 
 
 def test_the_real_vae_keeps_what_is_said_of_it() -> None:
