@@ -45,6 +45,7 @@ from train.checkpoint import Checkpoint, load_checkpoint
 FORMAT_VERSION = 1
 REFERENCE = "eager fp32"
 PROMPT_SEED = 1
+PRECISIONS = ("fp32", "bf16", "int8")
 
 
 @dataclass(frozen=True)
@@ -190,7 +191,7 @@ def _engines(args: argparse.Namespace) -> tuple[Checkpoint, list[Path | None]]:
     settings = resolve(checkpoint, Overrides(), FixedPlan(args.steps, args.first_steps))
     folder = args.out / f"engines-{args.size}"
     folder.mkdir(exist_ok=True)
-    targets = [Target("onnx", precision) for precision in ("fp32", "bf16", "int8")]
+    targets = [Target("onnx", precision) for precision in args.precision]
     return checkpoint, [
         build_engine(checkpoint, settings, target, folder, force=False) for target in targets
     ]
@@ -272,8 +273,13 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--engine", type=Path, nargs="+", help="engine files (default: the best one here)"
     )
+    result.add_argument("--size", choices=tuple(SIZES), help="instead: random weights of this size")
     result.add_argument(
-        "--size", choices=tuple(SIZES), help="instead: random weights of this size, fp32 and bf16"
+        "--precision",
+        nargs="+",
+        choices=PRECISIONS,
+        default=list(PRECISIONS),
+        help="of the engines of --size (default: all)",
     )
     result.add_argument("--threads", type=int, help="of PyTorch (default: as ours, usable cores)")
     result.add_argument(
