@@ -115,7 +115,7 @@ class MemoryPlan:
         prompt: keys and values of the prompt.
         state: of the decoder, from block to block.
         activations: what a pass, or the decoder, needs while it runs.
-        results: the cache that is read out, and its copy on the way to a file.
+        results: the cache that is read out.
         program: the process itself.
         mapped: weights that are seen through their file; the system takes that memory back when it is short.
     """
@@ -157,7 +157,7 @@ def plan_memory(video: Video) -> MemoryPlan:
         prompt=values * model.text_len * width,
         state=sum(_state_bytes(spec, video) for spec in video.state.values()),
         activations=max(_activations(video), _decoding(video)),  # one after the other
-        results=2 * 4 * values * slots if video.dumped else 0,
+        results=4 * values * slots if video.dumped else 0,
         program=OPENVINO_BYTES if openvino else ORT_BYTES,
         mapped=mapped,
     )

@@ -9,12 +9,14 @@ from __future__ import annotations
 from types import ModuleType
 from typing import Any
 
+_FIXED = ("Constant", "Convert")  # a bias, as it is or widened
+
 
 def keep_weights_half(openvino: ModuleType, model: Any) -> int:
     """Let products with weights stored in bfloat16 be products in bfloat16; returns how many.
 
-    A product that is to be computed in bfloat16 is the same afterwards. Where the processor cannot, OpenVINO
-    widens it again.
+    A bias and an activation right behind a product go with it, for OpenVINO then rounds once, after them. All
+    is to be computed in bfloat16 anyway. Where the processor cannot, OpenVINO widens it again.
     """
     operators, bf16 = openvino.opset13, openvino.Type.bf16
     count = 0
@@ -29,13 +31,26 @@ def keep_weights_half(openvino: ModuleType, model: Any) -> int:
         if not constant or weights.get_element_type() != bf16:
             continue
         turned = product.get_attributes()
-        half = operators.matmul(
-            operators.convert(product.input_value(0), "bf16"),
-            weights,
-            turned["transpose_a"],
-            turned["transpose_b"],
-        )
+        given = operators.convert(product.input_value(0), "bf16")
+        half = operators.matmul(given, weights, turned["transpose_a"], turned["transpose_b"])
         half.set_friendly_name(product.get_friendly_name())
-        product.output(0).replace(operators.convert(half, "f32").output(0))
+        end = product
+        follower = _only_follower(end)
+        if follower is not None and follower.get_type_name() == "Add":
+            inputs = [follower.input_value(i) for i in (0, 1)]
+            bias = next((x for x in inputs if x.get_node().get_type_name() in _FIXED), None)
+            if bias is not None:
+                half, end = operators.add(half, operators.convert(bias, "bf16")), follower
+                follower = _only_follower(end)
+        if follower is not None and follower.get_type_name() == "Gelu":
+            mode = follower.get_attributes()["approximation_mode"]
+            half, end = operators.gelu(half, mode.lower()), follower
+        end.output(0).replace(operators.convert(half, "f32").output(0))
         count += 1
     return count
+
+
+def _only_follower(node: Any) -> Any | None:
+    """The one node that reads what `node` gives; None where there are several."""
+    readers = list(node.output(0).get_target_inputs())
+    return readers[0].get_node() if len(readers) == 1 else None
