@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -41,6 +42,7 @@ from export.settings import Overrides, resolve
 
 KINDS = ("linear", "attention", "rest")
 PASSES = 30
+PRODUCT = re.compile(r"node_matmul(_\d+)?")
 
 
 def best_s(work: Callable[[], object], repeats: int) -> float:
@@ -82,10 +84,13 @@ def kind_of_onnx(op: str) -> str:
 
 
 def kind_of_openvino(node_type: str, name: str) -> str:
-    """Kind of a node in OpenVINO's profile; what was fused keeps the name of its last operator."""
-    if "scaled_dot_product_attention" in name:
-        return "attention"
-    return "linear" if node_type == "FullyConnected" else "rest"
+    """Kind of a node in OpenVINO's profile; what was fused keeps the name of its last operator.
+
+    Products with weights are FullyConnected, so a product by another name is one of attention's.
+    """
+    if node_type.startswith("FullyConnected"):
+        return "linear"
+    return "attention" if PRODUCT.fullmatch(name) else "rest"
 
 
 def _feeds(manifest: Manifest, sizes: Mapping[str, int]) -> dict[str, Any]:

@@ -29,7 +29,9 @@ def test_kinds() -> None:
         "rest",
     ]
     assert kind_of_openvino("FullyConnected", "x") == "linear"
-    assert kind_of_openvino("Subgraph", "node_scaled_dot_product_attention_3") == "attention"
+    assert kind_of_openvino("FullyConnectedQuantizedLegacy", "node_matmul_5/Mul") == "linear"
+    assert kind_of_openvino("Subgraph", "node_matmul_5") == "attention"
+    assert kind_of_openvino("Subgraph", "node_matmul_1/DequantizationMultiply") == "rest"
     assert kind_of_openvino("Subgraph", "node_add") == "rest"
 
 
