@@ -21,7 +21,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.t
 DEMO_READY := $(VENV)/.ready-demo
 ALL_READY  := $(VENV)/.ready-all
 ENGINE_READY := engines/.ready
-ENGINE_SOURCES := $(wildcard export/*.py train/*.py asd_rt/*.py train/tiny_student/*)
+ENGINE_SOURCES := $(wildcard export/*.py train/*.py train/*/*.py asd_rt/*.py train/tiny_student/*)
 
 .DELETE_ON_ERROR:
 .PHONY: help demo test lint types format engine clean distclean
@@ -39,7 +39,7 @@ $(DEMO_READY): pyproject.toml constraints.txt | $(VENV)/bin/python
 	@touch $@
 
 $(ALL_READY): pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(PIP) -e '.[cpu,export,train,rtx,dev]'
+	$(PIP) -e '.[cpu,export,train,rtx,text,dev]'
 	@touch $@ $(DEMO_READY)
 
 $(ENGINE_READY): $(ENGINE_SOURCES) | $(DEMO_READY)

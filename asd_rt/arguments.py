@@ -9,11 +9,13 @@ from numpy.typing import NDArray
 
 from asd_rt.costs import CostModel
 from asd_rt.deadline import DeadlinePlan
+from asd_rt.decoding import temporal_factor
 from asd_rt.errors import ConfigError, PromptError
 from asd_rt.frame_loop import Request
-from asd_rt.manifest import Manifest
+from asd_rt.manifest import Manifest, late_parts
 from asd_rt.plan import FixedPlan
 from asd_rt.schedule import MAX_STEPS, check_steps
+from asd_rt.text_encoder import TextEncoder
 from asd_rt.tokenizer import tokenize
 
 DEFAULT_FRAMES = 48
@@ -65,11 +67,8 @@ def make_plan(
 
 
 def frame_deadline_ms(manifest: Manifest, fps: float) -> float:
-    """The deadline of a block, in ms, whose frames are to come at `fps` a second.
-
-    Decoders make one frame of video per latent frame (docs/engine.md).
-    """
-    return manifest.cache.block_frames * 1e3 / fps
+    """The deadline of a block, in ms, whose frames are to come at `fps` a second."""
+    return manifest.cache.block_frames * temporal_factor(manifest) * 1e3 / fps
 
 
 def default_frames(manifest: Manifest) -> int:
@@ -80,23 +79,28 @@ def default_frames(manifest: Manifest) -> int:
 
 
 def prompt_tokens(path: Path, manifest: Manifest, prompt: str) -> NDArray[np.int64]:
-    """Token ids [1, text_len] of `prompt`.
+    """Token ids of `prompt`: [1, text_len] by a vocabulary, [1, as many as it has] by a UMT5 tokenizer.
 
     Raises:
         PromptError: the engine at `path` cannot read it, or reads no prompts.
+        EngineError: files of its text encoder are absent, or its tokenizer is damaged.
+        BackendError: a package that reads prompts is absent.
     """
-    vocabulary = manifest.tokenizer
-    if vocabulary is None or "text" not in manifest.parts:
+    tokenizer = manifest.tokenizer
+    if tokenizer is None or "text" not in manifest.parts:
         raise PromptError(
-            f"{path}: has no text part, so it takes no prompt; give it embeddings with "
-            "asd-rt replay --inputs FILE"
+            f"{path}: has no text part, so it takes no prompt; add one with python -m export.build "
+            "--text-encoder FOLDER, or give it embeddings with asd-rt run --prompt-embeds FILE"
         )
-    return tokenize(prompt, vocabulary["words"], manifest.model.text_len)
+    if late_parts(manifest):
+        return TextEncoder(path, manifest).tokens(prompt)
+    return tokenize(prompt, tokenizer["words"], manifest.model.text_len)
 
 
 def check_can_decode(path: Path, manifest: Manifest) -> None:
     """Raise ConfigError when the engine at `path` makes latents only."""
     if "decoder" not in manifest.parts:
         raise ConfigError(
-            f"{path}: has no decoder part, so it makes no video; use asd-rt replay for latents"
+            f"{path}: has no decoder part, so it makes no video; build one with --vae, or use "
+            "asd-rt replay for latents"
         )

@@ -135,7 +135,7 @@ def cache_bytes(
     slots = manifest.cache.window_frames or math.ceil(frames / size) * size
     spec = manifest.parts["denoiser"].outputs.get("new_k.0")
     dtype = "float32" if spec is None else spec.dtype
-    width = 2 if "16" in dtype or manifest.precision == "bf16" else np.dtype(dtype).itemsize
+    width = 2 if "16" in dtype or manifest.runtime == "openvino" else np.dtype(dtype).itemsize
     tokens = slots * hw[0] * hw[1] // 4
     return 2 * manifest.model.num_layers * tokens * manifest.model.dim * width
 
@@ -143,7 +143,7 @@ def cache_bytes(
 def _context(session: Session) -> FloatArray:
     """The embedding of the first word the engine knows; numbers do as well where it reads no prompts."""
     manifest = session.manifest
-    if manifest.tokenizer is not None and "text" in manifest.parts:
+    if manifest.tokenizer is not None and manifest.tokenizer["kind"] == "vocabulary":
         words = manifest.tokenizer["words"]
         known = [word for word, token in words.items() if token]
         if known:

@@ -90,6 +90,13 @@ class ModelConfig:
             )
         if self.freq_dim % 2:
             raise ConfigError(f"model config: freq_dim must be even, found {self.freq_dim}")
+        for name in ("local_attn_size", "sink_size"):
+            if type(getattr(self, name)) is not int:
+                raise ConfigError(
+                    f"model config: {name} must be a whole number, found {getattr(self, name)!r}"
+                )
+        if type(self.eps) not in (int, float) or not 0 < self.eps < 1:
+            raise ConfigError(f"model config: eps must be between 0 and 1, found {self.eps!r}")
         if tuple(self.patch_size) != (1, 2, 2):
             raise ConfigError(
                 f"model config: patch_size must be [1, 2, 2], found {list(self.patch_size)}"

@@ -11,19 +11,29 @@ import json
 import logging
 import os
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 
 from asd_rt.errors import AsdError, EngineError
-from asd_rt.manifest_schema import FORMAT_VERSION, Manifest, Part, TensorSpec, from_json
+from asd_rt.manifest_schema import (
+    FORMAT_VERSION,
+    UMT5_PARTS,
+    Manifest,
+    Part,
+    TensorSpec,
+    from_json,
+)
 
 __all__ = [
     "FORMAT_VERSION",
     "REBUILD",
+    "REBUILD_TEXT",
     "Manifest",
     "Part",
     "TensorSpec",
     "check_part",
     "from_json",
+    "late_parts",
     "manifest_path",
     "part_path",
     "read_manifest",
@@ -33,6 +43,7 @@ __all__ = [
 ]
 
 REBUILD = "python -m export.build --steps 1 --force"
+REBUILD_TEXT = "python -m export.build --text-encoder FOLDER"
 _CHUNK_BYTES = 1 << 20
 _log = logging.getLogger(__name__)
 
@@ -54,6 +65,15 @@ def part_path(engine_path: str | Path, manifest: Manifest, part: str) -> Path:
             f"build it from a checkpoint that has one: {REBUILD}"
         )
     return Path(engine_path).parent / manifest.parts[part].file
+
+
+def late_parts(manifest: Manifest) -> tuple[str, ...]:
+    """Parts that are opened, and verified, when they are first used: a text encoder of gigabytes.
+
+    An engine whose prompts come as embeddings runs without their files.
+    """
+    umt5 = manifest.tokenizer is not None and manifest.tokenizer["kind"] == "umt5"
+    return UMT5_PARTS if umt5 else ()
 
 
 def sha256_file(path: str | Path) -> str:
@@ -128,8 +148,8 @@ def write_manifest(engine_path: str | Path, manifest: Manifest) -> Path:
     return path
 
 
-def verify(engine_path: str | Path, manifest: Manifest) -> None:
-    """Check that every part exists with the size and the hash it was built with.
+def verify(engine_path: str | Path, manifest: Manifest, skip: Collection[str] = ()) -> None:
+    """Check that every part but those of `skip` exists with the size and the hash it was built with.
 
     Raises:
         EngineError: the first part that does not match: what, where, expected, found.
@@ -140,7 +160,8 @@ def verify(engine_path: str | Path, manifest: Manifest) -> None:
             f"{Path(engine_path).name}; rename the files back, or build again with: {REBUILD}"
         )
     for part in manifest.parts:
-        check_part(engine_path, manifest, part)
+        if part not in skip:
+            check_part(engine_path, manifest, part)
 
 
 def check_part(engine_path: str | Path, manifest: Manifest, name: str) -> None:
@@ -150,21 +171,22 @@ def check_part(engine_path: str | Path, manifest: Manifest, name: str) -> None:
         EngineError: it has not: what, where, expected, found.
     """
     path, part = part_path(engine_path, manifest, name), manifest.parts[name]
+    rebuild = REBUILD_TEXT if name in late_parts(manifest) else REBUILD
     try:
         size = path.stat().st_size
         if size != part.bytes:
             raise EngineError(
                 f"{path}: damaged {name} part: expected {part.bytes} bytes, found {size}; copy it again, or "
-                f"build it again with: {REBUILD}"
+                f"build it again with: {rebuild}"
             )
         digest = sha256_file(path)
     except OSError as error:
         raise EngineError(
             f"{path}: the {name} part cannot be read: {error.strerror}; copy it from where the engine was "
-            f"built, or build it again with: {REBUILD}"
+            f"built, or build it again with: {rebuild}"
         ) from error
     if digest != part.sha256:
         raise EngineError(
             f"{path}: damaged {name} part: expected sha256 {part.sha256[:16]}..., found {digest[:16]}...; "
-            f"copy it again, or build it again with: {REBUILD}"
+            f"copy it again, or build it again with: {rebuild}"
         )

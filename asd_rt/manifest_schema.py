@@ -11,11 +11,19 @@ from typing import Any, TypeVar
 from asd_rt.config import CacheConfig, ModelConfig, from_mapping
 from asd_rt.errors import ConfigError, EngineError
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
 BACKENDS = ("onnx", "tensorrt", "tensorrt_rtx")
-PART_NAMES = ("denoiser", "weights", "joined", "time", "prompt", "text", "decoder", "encoder")
+RUNTIMES = ("onnxruntime", "openvino", "tensorrt")  # what runs the passes
+CODEC_GRAPHS = ("decoder_first", "decoder", "encoder_first", "encoder")
+CODEC_PARTS = (*CODEC_GRAPHS, "codec_weights")
+PART_NAMES = (
+    *("denoiser", "weights", "joined", "time", "prompt", "text", "text_weights", "tokenizer"),
+    *CODEC_PARTS,
+)
+CODEC_KINDS = ("linear", "wan", "taehv")
 REQUIRED_PARTS = ("denoiser", "time", "prompt")
+UMT5_PARTS = ("text", "text_weights", "tokenizer")
 SCHEMA = "docs/engine.md"
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -88,6 +96,7 @@ class Manifest:
         name: of the engine ("asd_fp32").
         precision: fp32, fp16, bf16, int8 or fp8.
         backend: onnx, tensorrt or tensorrt_rtx.
+        runtime: what the passes are lowered for: onnxruntime, openvino or tensorrt.
         model: hyper-parameters of the denoiser.
         cache: geometry of the KV cache.
         latent_hw: latent (rows, columns) that the engine is fixed to; None = any.
@@ -96,12 +105,15 @@ class Manifest:
         default_plan: {"steps": n, "first_steps": m}.
         fps: frames a second of the decoded video.
         display_scale: whole factor by which frames are enlarged for viewing.
-        tokenizer: None or {"kind": "vocabulary", "words": {word: id}}.
+        tokenizer: None, {"kind": "vocabulary", "words": {word: id}} or {"kind": "umt5", "max_tokens": n}.
         parts: files by part name.
+        codec: None, or {"kind": linear, wan or taehv; "spatial": pixels a latent pixel is wide; "temporal":
+            frames a latent frame is long (the first is one)}.
         checkpoint: {"sha256", "name"} of the weights.
         tools: versions of what built it.
         gpus: ("sm89", ...), empty for onnx.
         parity: figures of the build's parity gate.
+        sources: {part: {"name", "sha256", ...}} of parts that came from elsewhere than the checkpoint.
     """
 
     name: str
@@ -119,8 +131,11 @@ class Manifest:
     parts: Mapping[str, Part]
     checkpoint: Json
     tools: Json
+    runtime: str = "onnxruntime"
     gpus: tuple[str, ...] = ()
     parity: Json = field(default_factory=dict)
+    sources: Json = field(default_factory=dict)
+    codec: Json | None = None
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
@@ -134,6 +149,7 @@ class Manifest:
             "name": self.name,
             "precision": self.precision,
             "backend": self.backend,
+            "runtime": self.runtime,
             "model": self.model.to_json(),
             "cache": self.cache.to_json(),
             "latent_hw": None if self.latent_hw is None else list(self.latent_hw),
@@ -143,11 +159,13 @@ class Manifest:
             "fps": self.fps,
             "display_scale": self.display_scale,
             "tokenizer": self.tokenizer,
+            "codec": self.codec,
             "parts": {name: part.to_json() for name, part in self.parts.items()},
             "checkpoint": self.checkpoint,
             "tools": self.tools,
             "gpus": list(self.gpus),
             "parity": self.parity,
+            "sources": self.sources,
         }
 
 
@@ -227,6 +245,7 @@ def _problems(m: Manifest) -> list[str]:
     check(isinstance(m.name, str) and bool(m.name), "name", "a name")
     check(m.precision in PRECISIONS, "precision", f"one of {', '.join(PRECISIONS)}")
     check(m.backend in BACKENDS, "backend", f"one of {', '.join(BACKENDS)}")
+    check(m.runtime in RUNTIMES, "runtime", f"one of {', '.join(RUNTIMES)}")
     hw = m.latent_hw
     even = hw is None or (
         isinstance(hw, tuple) and len(hw) == 2 and all(_is_size(n) and n % 2 == 0 for n in hw)
@@ -242,25 +261,58 @@ def _problems(m: Manifest) -> list[str]:
           "default_plan", '{"steps": 1..4, "first_steps": 1..4}')  # fmt: skip
     check(_is_size(m.fps), "fps", "a whole number >= 1")
     check(_is_size(m.display_scale), "display_scale", "a whole number >= 1")
-    check(m.tokenizer is None or _is_vocabulary(m.tokenizer), "tokenizer",
-          'null or {"kind": "vocabulary", "words": {word: id}}')  # fmt: skip
+    check(m.tokenizer is None or _is_vocabulary(m.tokenizer) or _is_umt5(m.tokenizer), "tokenizer",
+          'null, {"kind": "vocabulary", "words": {}} or {"kind": "umt5", "max_tokens": n}')  # fmt: skip
+    check(m.codec is None or _is_codec(m.codec), "codec",
+          'null or {"kind": one of linear, wan, taehv; "spatial": n, "temporal": n}')  # fmt: skip
     check(
         isinstance(m.gpus, tuple) and all(isinstance(g, str) for g in m.gpus),
         "gpus",
         "a list of names",
     )
-    for name in ("checkpoint", "tools", "parity"):
+    for name in ("checkpoint", "tools", "parity", "sources"):
         check(isinstance(getattr(m, name), dict), name, "an object")
+    if isinstance(m.sources, dict) and not all(map(_is_source, m.sources.values())):
+        found.append(f'sources must name their "parts", found {m.sources!r}')
     if isinstance(m.checkpoint, dict) and "trained_frames" in m.checkpoint:
         whole = _is_size(m.checkpoint["trained_frames"])
         check(whole, "checkpoint", "an object whose trained_frames is a whole number >= 1")
     for name in m.parts:
         if name not in PART_NAMES:
             found.append(f"parts: unknown part {name}; known: {', '.join(PART_NAMES)}")
-    missing = [name for name in REQUIRED_PARTS if name not in m.parts]
+    required = REQUIRED_PARTS + (UMT5_PARTS if _is_umt5(m.tokenizer) else ())
+    missing = [name for name in required if name not in m.parts]
     if missing:
         found.append(f"parts: missing {', '.join(missing)}")
+    if not found:
+        found += _codec_problems(m)
     return found
+
+
+def _codec_problems(m: Manifest) -> list[str]:
+    """Where `codec` and the codec's parts do not go together."""
+    graphs = [name for name in CODEC_GRAPHS if name in m.parts]
+    if m.codec is None:
+        return [f"codec: null, but there is a {graphs[0]} part"] if graphs else []
+    if "decoder" not in m.parts:
+        return ["parts: missing decoder, which codec describes"]
+    first = m.codec["temporal"] > 1
+    return [
+        f"parts: {'missing' if first else 'unexpected'} {name}_first for a codec that makes "
+        f"{m.codec['temporal']} frames of a latent frame"
+        for name in ("decoder", "encoder")
+        if name in m.parts and (f"{name}_first" in m.parts) != first
+    ]
+
+
+def _is_codec(value: object) -> bool:
+    return (
+        isinstance(value, dict)
+        and set(value) == {"kind", "spatial", "temporal"}
+        and value["kind"] in CODEC_KINDS
+        and _is_size(value["spatial"])
+        and _is_size(value["temporal"])
+    )
 
 
 def _is_vocabulary(value: object) -> bool:
@@ -274,3 +326,14 @@ def _is_vocabulary(value: object) -> bool:
     return isinstance(words, dict) and all(
         isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in words.values()
     )
+
+
+def _is_source(value: object) -> bool:
+    parts = value.get("parts") if isinstance(value, dict) else None
+    return isinstance(parts, list) and all(isinstance(name, str) for name in parts)
+
+
+def _is_umt5(value: object) -> bool:
+    if not isinstance(value, dict) or set(value) != {"kind", "max_tokens"}:
+        return False
+    return value["kind"] == "umt5" and _is_size(value["max_tokens"])

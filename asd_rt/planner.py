@@ -9,23 +9,35 @@ bfloat16, but keeps the keys and values of every layer until a pass ends. Their 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from math import prod
 
 import numpy as np
 
 from asd_rt.config import CacheConfig, ModelConfig
+from asd_rt.decoding import codec_memory
 from asd_rt.manifest_schema import Manifest, TensorSpec
 
 LARGE_PARAMETERS = 500_000_000
 USUAL_LATENT_HW = (60, 104)  # of Wan2.1 at 480x832, for engines that fix none
 WEIGHT_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1, "fp8": 1}
-ON_OPENVINO = ("bf16", "int8")
+# Of an int8 network; below, OpenVINO loses more between products than it gains in them.
+SMALL_PARAMETERS = 8e6
 ORT_BYTES, OPENVINO_BYTES = 80_000_000, 240_000_000  # programs and libraries
 FOLDED_BYTES = 8  # that OpenVINO takes for a weight of a small network, at each size of pass
 STATE_PREFIX = "state."
 _SCALED = re.compile(r"(\d*)([A-Za-z]\w*)")
+
+
+def runtime_of(backend: str, precision: str, model: ModelConfig) -> str:
+    """What runs the passes of an engine: onnxruntime, openvino or tensorrt."""
+    if backend != "onnx":
+        return "tensorrt"
+    a_layer = 8 * model.dim**2 + 2 * model.dim * model.ffn_dim
+    large = model.num_layers * a_layer >= SMALL_PARAMETERS
+    halved = precision == "bf16" or (precision == "int8" and large)
+    return "openvino" if halved else "onnxruntime"
 
 
 def is_large(model: ModelConfig) -> bool:
@@ -62,6 +74,7 @@ class Video:
         joined: with joined passes.
         dumped: the cache is read out at the end, in float32.
         state: tensors that the decoder keeps from block to block, by name.
+        decoding: latent size -> bytes that the decoder needs beside them while it runs; None = nothing.
     """
 
     model: ModelConfig
@@ -74,6 +87,7 @@ class Video:
     joined: bool = False
     dumped: bool = False
     state: Mapping[str, TensorSpec] = field(default_factory=dict)
+    decoding: Callable[[tuple[int, int]], int] | None = None
 
     @property
     def frame_tokens(self) -> int:
@@ -88,7 +102,7 @@ class Video:
 
     @property
     def on_openvino(self) -> bool:
-        return self.backend == "onnx" and self.precision in ON_OPENVINO
+        return runtime_of(self.backend, self.precision, self.model) == "openvino"
 
 
 @dataclass(frozen=True)
@@ -100,7 +114,7 @@ class MemoryPlan:
         cache: keys and values of the past and of the current block.
         prompt: keys and values of the prompt.
         state: of the decoder, from block to block.
-        activations: what a pass needs while it runs.
+        activations: what a pass, or the decoder, needs while it runs.
         results: the cache that is read out.
         program: the process itself.
         mapped: weights that are seen through their file; the system takes that memory back when it is short.
@@ -142,7 +156,7 @@ def plan_memory(video: Video) -> MemoryPlan:
         cache=values * slots * width,
         prompt=values * model.text_len * width,
         state=sum(_state_bytes(spec, video) for spec in video.state.values()),
-        activations=_activations(video),
+        activations=max(_activations(video), _decoding(video)),  # one after the other
         results=4 * values * slots if video.dumped else 0,
         program=OPENVINO_BYTES if openvino else ORT_BYTES,
         mapped=mapped,
@@ -187,6 +201,10 @@ def _activations(video: Video) -> int:
     return max(run, read)
 
 
+def _decoding(video: Video) -> int:
+    return 0 if video.decoding is None else video.decoding(video.latent_hw)
+
+
 def _state_bytes(spec: TensorSpec, video: Video) -> int:
     """Bytes of a decoder's tensor; in its shape "h" is latent rows, "8w" 8 times the columns."""
     sizes = {"h": video.latent_hw[0], "w": video.latent_hw[1], "B": video.batch}
@@ -220,4 +238,7 @@ def video_of(
         joined=joined,
         dumped=dumped,
         state={name: spec for name, spec in state.items() if name.startswith(STATE_PREFIX)},
+        decoding=None
+        if decoder is None
+        else lambda hw: codec_memory(manifest, "decoder", hw).working_bytes,
     )

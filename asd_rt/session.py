@@ -22,15 +22,17 @@ from asd_rt.arguments import (
 from asd_rt.backends.base import Engine, open_backend
 from asd_rt.costs import CostModel
 from asd_rt.deadline import DeadlinePlan
+from asd_rt.decoding import Decoder, Encoder, latent_size
 from asd_rt.engines import best_engine
 from asd_rt.errors import BackendError, ConfigError
 from asd_rt.fitting import check_fits
 from asd_rt.frame_loop import Block, FrameLoop, Request
 from asd_rt.joining import joining_is_faster
-from asd_rt.manifest import REBUILD, Manifest
+from asd_rt.manifest import REBUILD, Manifest, late_parts
 from asd_rt.noise import check_seed
 from asd_rt.plan import Plan, count_blocks
 from asd_rt.schedule import Schedule
+from asd_rt.text_encoder import TextEncoder
 from asd_rt.warm_up import learn_costs
 
 FloatArray = NDArray[np.float32]
@@ -51,7 +53,9 @@ def open_session(
         EngineError: no such engine, or it is damaged.
         BackendError: its backend is absent or cannot run here.
     """
-    return Session(open_backend(best_engine() if engine is None else engine, threads), join)
+    return Session(
+        open_backend(best_engine() if engine is None else engine, threads), join, threads
+    )
 
 
 @dataclass(frozen=True)
@@ -73,8 +77,10 @@ class Replay:
 class Session:
     """An opened engine. One video at a time; close it or use it in a `with`."""
 
-    def __init__(self, engine: Engine, join: bool | None = None) -> None:
-        """A session on `engine`; `join` as in `open_session`.
+    def __init__(
+        self, engine: Engine, join: bool | None = None, threads: int | None = None
+    ) -> None:
+        """A session on `engine`; `join` and `threads` as in `open_session`.
 
         Raises:
             BackendError: joined passes are asked for, and the engine has none.
@@ -83,7 +89,9 @@ class Session:
             raise BackendError(f"{engine.path}: has no joined pass; build it again with: {REBUILD}")
         self._engine = engine
         self._asked_join = join
+        self._threads = threads
         self._costs = CostModel()
+        self._text: TextEncoder | None = None
 
     @property
     def engine(self) -> Engine:
@@ -107,14 +115,25 @@ class Session:
     def close(self) -> None:
         """Release the engine; may be called twice."""
         self._engine.close()
+        self._text = None
 
     def context(self, prompt: str) -> FloatArray:
-        """Text embedding [1, text_len, text_dim] of `prompt`.
+        """Text embedding [1, tokens <= text_len, text_dim] of `prompt`.
+
+        A UMT5 text encoder is opened when the first prompt comes that is not remembered from before
+        (`asd_rt.prompt_cache`), and released after each prompt where its weights are larger than 1 GB.
 
         Raises:
             PromptError: the engine cannot read it, or has no text part.
+            EngineError: the text encoder's files are absent or damaged.
+            BackendError: a package that reads prompts is absent.
         """
-        return self._engine.encode_prompt(prompt_tokens(self._engine.path, self.manifest, prompt))
+        path, manifest = self._engine.path, self.manifest
+        if not late_parts(manifest):
+            return self._engine.encode_prompt(prompt_tokens(path, manifest, prompt))
+        if self._text is None:
+            self._text = TextEncoder(path, manifest, self._threads)
+        return self._text.encode(prompt)
 
     def generate(
         self,
@@ -132,7 +151,8 @@ class Session:
         Args:
             prompt: what to show.
             seed: 0 .. 2**63 - 1; same seed and plan, same video.
-            frames: latent frames, rounded up to whole blocks; None = 48, or what the cache holds.
+            frames: latent frames, rounded up to whole blocks; None = 48, or what the cache holds. A decoder
+                that is 4 frames long makes 1 + 4 (n - 1) frames of n.
             steps: denoising steps of a block, 1..4; None = the manifest's.
             first_steps: steps of the first block; None = the manifest's, at least `steps`.
             deadline_ms: time that a block may take, its cache pass and decoding included. Blocks then get
@@ -191,16 +211,19 @@ class Session:
         from asd_rt.video import to_uint8
 
         plan, join = request.plan, self._asked_join
+        decoder = Decoder(self._engine, request.shape[3:]) if decodes else None
         if join is None:
             join = joining_is_faster(self._engine, request.shape)
         unknown = self._costs.share("joined" if join else "pass", 0) is None
         if unknown and isinstance(plan, DeadlinePlan):
-            learn_costs(self._engine, self._costs, request.shape, join, decodes)
+            learn_costs(self._engine, self._costs, request.shape, join, decoder)
+            if decoder is not None:
+                decoder.reset()
         before: Block | None = None
         for number, block in enumerate(self._loop(request, join)):
-            if decodes:
+            if decoder is not None:
                 begin = perf_counter()
-                block.frames = to_uint8(self._engine.decode(block.latents), 1)
+                block.frames = to_uint8(decoder.decode(block.latents), 1)
                 block.decode_ms = (perf_counter() - begin) * 1e3
                 plan.observe("decode", 0, block.decode_ms)
             cache_ms = 0.0 if before is None else before.cache_ms or 0.0
@@ -208,6 +231,25 @@ class Session:
             block.deadline = plan.report(number)
             yield block
             before = block
+
+    def encode(self, frames: NDArray[np.uint8]) -> FloatArray:
+        """Latents of a whole video, or of a picture (one frame).
+
+        Args:
+            frames: uint8 [F, rows, columns, 3]; F is 1 + 4n for a codec that is 4 frames long.
+
+        Returns:
+            latents, float32 [1, latent frames, C, h, w], as the denoiser takes them.
+
+        Raises:
+            ConfigError: another number or size of frames than the codec takes, or it has none.
+            EngineError: the engine has no encoder part.
+        """
+        from asd_rt.video import from_uint8
+
+        given = from_uint8(frames)
+        size = latent_size(self.manifest, *given.shape[3:])
+        return Encoder(self._engine, size).encode(given)
 
     def replay(
         self,

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from asd_rt.errors import BackendError, OutputError
+from asd_rt.errors import BackendError, ConfigError, OutputError
 from asd_rt.video_file import FileWriter
 from asd_rt.video_writers import (
     FRAME_NAME,
@@ -52,6 +52,22 @@ def to_uint8(frames: NDArray[np.float32], scale: int = 1) -> NDArray[np.uint8]:
     if low < -1 or high > 1:
         np.clip(levels, 0, 255, out=levels)
     return enlarge(np.ascontiguousarray(np.moveaxis(levels.astype(np.uint8), 1, -1)), scale)
+
+
+def from_uint8(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Pixels uint8 [F, H, W, 3] as an encoder takes them: float32 [1, F, 3, H, W] in -1..1.
+
+    Raises:
+        ConfigError: another type or shape.
+    """
+    if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] != 3 or not pixels.size:
+        raise ConfigError(
+            f"frames must be uint8 [F, H, W, 3], found {pixels.dtype} {list(pixels.shape)}"
+        )
+    frames = np.moveaxis(pixels, 3, 1).astype(np.float32)[None]
+    frames /= np.float32(127.5)
+    frames -= np.float32(1)
+    return frames
 
 
 def enlarge(pixels: NDArray[np.uint8], scale: int) -> NDArray[np.uint8]:

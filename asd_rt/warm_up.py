@@ -10,6 +10,7 @@ import numpy as np
 
 from asd_rt.backends.base import Engine
 from asd_rt.costs import CostModel, Kind
+from asd_rt.decoding import Decoder
 from asd_rt.schedule import Schedule
 
 BUDGET_S = 2.0  # what is not measured by then is estimated from what was
@@ -20,7 +21,7 @@ def learn_costs(
     costs: CostModel,
     shape: tuple[int, int, int, int, int],
     join: bool,
-    decodes: bool,
+    decoder: Decoder | None,
 ) -> None:
     """Run the passes that a video of `shape` [B, F, C, h, w] will run, on zeros, and tell `costs`.
 
@@ -55,5 +56,5 @@ def learn_costs(
         then = min(past + size, longest)
         both, hidden = range(past, past + 2 * size), range(past + size - then)
         run("joined", then, partial(denoiser.denoise_joined, x, x, timestep, both, past, hidden))
-    if decodes:
-        run("decode", 0, partial(engine.decode, x))
+    if decoder is not None:
+        run("decode", 0, partial(decoder.decode, x))

@@ -38,7 +38,7 @@ from benchmarks.sizes import SIZES, random_checkpoint
 from benchmarks.torch_loop import WAYS, torch_engine
 from export.build import default_checkpoint
 from export.engine import Target, build_engine
-from export.parity import relative_l2
+from export.metrics import relative_l2
 from export.settings import Overrides, resolve
 from train.checkpoint import Checkpoint, load_checkpoint
 
@@ -190,7 +190,7 @@ def _engines(args: argparse.Namespace) -> tuple[Checkpoint, list[Path | None]]:
     settings = resolve(checkpoint, Overrides(), FixedPlan(args.steps, args.first_steps))
     folder = args.out / f"engines-{args.size}"
     folder.mkdir(exist_ok=True)
-    targets = [Target("onnx", precision) for precision in ("fp32", "bf16")]
+    targets = [Target("onnx", precision) for precision in ("fp32", "bf16", "int8")]
     return checkpoint, [
         build_engine(checkpoint, settings, target, folder, force=False) for target in targets
     ]

@@ -24,14 +24,16 @@ import numpy as np
 import torch
 
 import asd_rt
-from asd_rt import timing
-from asd_rt.backends.openvino import HALVED_PREFIXES, to_bf16
+from asd_rt import joining, timing
+from asd_rt.backends.openvino import HALVED_PREFIXES, keep_keys_whole, to_bf16
 from asd_rt.engines import best_engine
 from asd_rt.errors import AsdError
 from asd_rt.files import replacing
 from asd_rt.machine import usable_cores
 from asd_rt.manifest import Manifest, part_path, read_manifest
 from asd_rt.plan import FixedPlan
+from asd_rt.session import Session
+from benchmarks import loop_cost
 from benchmarks.latency import make_folder
 from benchmarks.sizes import SIZES, random_checkpoint
 from export.engine import Target, build_engine
@@ -125,6 +127,7 @@ def profile_openvino(file: Path, manifest: Manifest, sizes: Mapping[str, int]) -
     model = core.read_model(str(file))
     feeds = _feeds(manifest, sizes)
     model.reshape({name: list(array.shape) for name, array in feeds.items()})
+    keep_keys_whole(ov, model)
     halved = [name for name in feeds if name.startswith(HALVED_PREFIXES)]
     ends = ov.preprocess.PrePostProcessor(model)
     for name in halved:
@@ -174,11 +177,15 @@ def measure(file: Path) -> dict[str, Any]:
         own = range(past, past + size)
         pass_ms = 1e3 * best_s(lambda: denoiser.denoise(x, 1000.0, own, past), PASSES)
         device = session.engine.device
-    profile = profile_openvino if manifest.precision == "bf16" else profile_onnx
+        loop = loop_cost.measure(Session(session.engine, join=False))
+        apart, joined = joining.measure(denoiser, manifest, (1, size, manifest.model.in_dim, *hw))
+        loop |= {"separate_ms": 1e3 * apart, "joined_ms": 1e3 * joined}
+    half = manifest.runtime == "openvino"
+    profile = profile_openvino if half else profile_onnx
     shares = profile(part_path(file, manifest, "denoiser"), manifest, sizes)
     work = flops(manifest, sizes["T"], sizes["P"])
     top = peaks()
-    peak = top["gemm_bf16_gflops" if manifest.precision == "bf16" else "gemm_fp32_gflops"]
+    peak = top["gemm_bf16_gflops" if half else "gemm_fp32_gflops"]
     rows = []
     for kind in KINDS:
         share = shares[kind] / sum(shares.values())
@@ -196,6 +203,7 @@ def measure(file: Path) -> dict[str, Any]:
         "of_peak": sum(work.values()) / pass_ms / 1e6 / peak,
         "peaks": top,
         "rows": rows,
+        "loop": loop,
     }
 
 
@@ -220,7 +228,15 @@ def markdown(report: Mapping[str, Any]) -> str:
         lines.append(
             f"| {row['kind']} | {row['share']:.0%} | {row['ms']:.2f} | {rate[0]} | {rate[1]} |"
         )
+    loop = report["loop"]
     lines += [
+        "",
+        f"The loop, behind a full window: {loop['block_ms']:.2f} ms a block of {loop['passes']:.0f} passes, "
+        f"of which {loop['outside_ms']:.2f} ms ({loop['outside']:.1%}) outside engine calls. Moved inside "
+        f"the cache: {loop['moved']:.2f} times the block's new keys and values.",
+        "",
+        f"A cache pass and the next block's first one by one: {loop['separate_ms']:.2f} ms; joined: "
+        f"{loop['joined_ms']:.2f} ms, {loop['separate_ms'] / loop['joined_ms']:.2f} times as fast.",
         "",
         f"- machine: {machine['cpu']}, {machine['cores']} cores, load {machine['load_average'][0]}",
         f"- command: `{report['command']}`",
@@ -238,7 +254,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--engine", type=Path, help="engine file (default: the best one here)")
     parser.add_argument("--size", choices=tuple(SIZES), help="instead: random weights of this size")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16", help="of --size")
+    parser.add_argument(
+        "--precision", choices=("fp32", "bf16", "int8"), default="bf16", help="of --size"
+    )
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder, made if absent")
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
@@ -253,7 +271,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             target = Target("onnx", args.precision)
             file = build_engine(checkpoint, settings, target, folder, force=False)
         torch.set_num_threads(usable_cores())
-        name = args.size or file.stem
+        name = f"{args.size}-{args.precision}" if args.size else file.stem
         given = " ".join(sys.argv[1:] if argv is None else argv)
         report = {
             "format_version": 1,

@@ -10,6 +10,7 @@ are built from a small network with random weights.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import logging
 import os
@@ -42,6 +43,8 @@ from export.settings import Overrides, resolve
 
 AXES = ("blocks", "threads", "batch", "window", "resolution")
 SHORT_BLOCKS = 24
+YOUNG_BLOCKS = 24  # of a short video, after its window is full
+PARTS = 20  # of a long video
 WINDOWS = (6, 9, 12, 18, 24)
 RESOLUTIONS = (8, 12, 16, 24)
 BASE = "28m"  # of which window and resolution take two layers
@@ -53,46 +56,68 @@ def resident_bytes() -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
-def run(
-    session: Session, blocks: int, batch: int = 1, join: bool | None = None
-) -> tuple[list[float], list[int]]:
-    """(ms, resident bytes) of every block of one video, at one step each, cache pass included."""
-    manifest = session.manifest
-    shape = (batch, manifest.model.text_len, manifest.model.text_dim)
-    context = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
-    frames = blocks * manifest.cache.block_frames
-    ms, resident, before = [], [], None
-    for block in session.generate_from(context, 0, frames, 1, 1):
-        ms.append(block.denoise_ms + (0.0 if before is None else before.cache_ms or 0.0))
+def run(session: Session, blocks: int, batch: int = 1) -> tuple[list[float], list[int]]:
+    """ms of each block of one video, its predecessor's cache pass included, and memory behind each."""
+    ms, resident = [], []
+    for taken in stream(session, blocks, batch):
+        ms.append(taken)
         resident.append(resident_bytes())
-        before = block
     return ms, resident
 
 
+def stream(session: Session, blocks: int, batch: int = 1) -> Iterator[float]:
+    """ms of each block of one video, its predecessor's cache pass included."""
+    manifest = session.manifest
+    shape = (batch, manifest.model.text_len, manifest.model.text_dim)
+    context = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    before = None
+    for block in session.generate_from(context, 0, blocks * manifest.cache.block_frames, 1, 1):
+        yield block.denoise_ms + (0.0 if before is None else before.cache_ms or 0.0)
+        before = block
+
+
+def young(session: Session, full: int) -> Iterator[float]:
+    """ms of the blocks right after the window is full, of one video after another."""
+    while True:
+        yield from itertools.islice(stream(session, full + YOUNG_BLOCKS), full, None)
+
+
 def along_blocks(args: argparse.Namespace) -> dict[str, Any]:
-    """One long video: is it as fast, and as small, at its end as once its window was full?"""
-    with asd_rt.open(args.engine) as session:
-        run(session, SHORT_BLOCKS)
-        ms, resident = run(session, args.blocks)
+    """One long video: is it as fast, and as small, at its end as once its window was full?
+
+    The machine itself is not as fast at all times. So each block takes turns with one of other, short videos.
+    """
+    with asd_rt.open(args.engine) as session, asd_rt.open(args.engine) as other:
         cache = session.manifest.cache
+        full = (cache.window_frames or 0) // cache.block_frames + 1
+        rivals = young(other, full)
+        old, new, resident = [], [], []
+        with Progress("blocks", args.blocks) as progress:
+            for ms in stream(session, args.blocks):
+                old.append(ms)
+                new.append(next(rivals))
+                resident.append(resident_bytes())
+                progress.advance()
         name, device = session.manifest.name, session.engine.device
-    full = (cache.window_frames or 0) // cache.block_frames + 1
     # Medians of twenty parts: a hiccup of the machine is no slope.
-    parts = np.array([np.median(part) for part in np.array_split(np.array(ms[full:]), 20)])
-    slope = np.polyfit(np.linspace(0, 1, len(parts)), parts, 1)[0] / np.median(parts)
+    parts = np.array_split(np.arange(full, args.blocks), PARTS)
+    ratios = np.array([np.median(np.array(old)[p] / np.array(new)[p]) for p in parts])
+    slope, start = np.polyfit(np.linspace(0, 1, PARTS), ratios, 1)
+    spread = np.std(ratios - (start + slope * np.linspace(0, 1, PARTS)), ddof=2)
     return {
         "engine": name,
         "device": device,
         "rows": [
-            {"at": int(i), "ms": float(m), "resident_mb": float(r)}
-            for i, m, r in zip(
-                np.linspace(full, len(ms), 20).round(),
-                parts,
-                [np.median(part) / 1e6 for part in np.array_split(np.array(resident[full:]), 20)],
-                strict=True,
-            )
+            {
+                "at": int(part[-1]) + 1,
+                "ms": float(np.median(np.array(old)[part])),
+                "young_ms": float(np.median(np.array(new)[part])),
+                "resident_mb": float(np.median(np.array(resident)[part])) / 1e6,
+            }
+            for part in parts
         ],
-        "slope": float(slope),
+        "slope": float(slope / np.median(ratios)),
+        "slope_error": float(spread * (12 / PARTS) ** 0.5),
         "growth_mb": (resident[-1] - resident[full]) / 1e6,
     }
 
@@ -173,12 +198,19 @@ def markdown(report: dict[str, Any]) -> str:
             f"{report['blocks']} blocks of {report['engine']} on {report['device']}, one step each; medians "
             "of twenty parts after the window is full.",
             "",
-            f"Change of the time of a block from the first part to the last (straight line): "
-            f"{report['slope']:+.2%}. Memory: {report['growth_mb']:+.2f} MB.",
+            "In turns with blocks of short videos, whose window has just become full (young).",
+            "",
+            f"Change of the time of a block against young ones over the run (straight line): "
+            f"{report['slope']:+.2%} +- {report['slope_error']:.2%}. Memory: {report['growth_mb']:+.2f} MB.",
             "",
         ]
-    lines += [f"| {UNITS[report['axis']]} | ms a block | resident, MB |", "|---|---|---|"]
-    lines += [f"| {r['at']} | {r['ms']:.2f} | {r['resident_mb']:.1f} |" for r in report["rows"]]
+    columns = {"at": UNITS[report["axis"]], "ms": "ms a block", "young_ms": "young, ms"}
+    columns = {key: columns[key] for key in columns if key in report["rows"][0]}
+    lines += ["| " + " | ".join([*columns.values(), "resident, MB |"])]
+    lines += ["|" + "---|" * (len(columns) + 1)]
+    for row in report["rows"]:
+        cells = [f"{row[key]:.2f}" if "ms" in key else str(row[key]) for key in columns]
+        lines.append("| " + " | ".join([*cells, f"{row['resident_mb']:.1f} |"]))
     machine = report["machine"]
     lines += [
         "",

@@ -15,14 +15,19 @@ from asd_rt.errors import AsdError, BackendError, ConfigError, EngineError
 from asd_rt.memory_report import memory_report, memory_text
 from asd_rt.plan import FixedPlan, count_blocks
 from asd_rt.planner import USUAL_LATENT_HW, Video
+from export.codec import PRECISIONS as VAE_PRECISIONS
+from export.codec import CodecChoice, add_codec, check_codec
 from export.engine import Target, build_engine, plan_obstacle
 from export.settings import Overrides, Settings, resolve
 from export.tensorrt import NO_CARD_TARGETS, check_gpus, import_tensorrt
+from export.text import add_text_encoder, check_text
+from export.umt5_source import open_umt5
+from export.umt5_storage import PRECISIONS as TEXT_PRECISIONS
 from train.checkpoint import Checkpoint, describe_checkpoint, load_checkpoint
+from train.vae_weights import load_codec
 
 DEFAULT_OUT = Path("engines")
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
-BUILDABLE = ("fp32", "fp16", "bf16")
 EXAMPLES = """examples:
   python -m export.build --steps 1
       the shipped tiny student, for every backend that is installed
@@ -30,6 +35,8 @@ EXAMPLES = """examples:
       plans for RTX cards, on a machine without one
   python -m export.build --checkpoint my_student --target onnx --block-frames 1 --window-frames 6
       a checkpoint folder that does not say how it was trained
+  python -m export.build --checkpoint my_student --text-encoder Wan2.1-T2V-1.3B --text-precision int8
+      with UMT5 for prompts; added to an engine that is there already, it is all that is built
 """
 log = logging.getLogger("export")
 
@@ -74,7 +81,12 @@ def make_parser() -> argparse.ArgumentParser:
         help="steps a block in the default plan, 1..4 (default 1)",
     )
     add("--first-steps", type=int, metavar="N", help="steps of the first block (default 4)")
-    add("--checkpoint", type=Path, metavar="FOLDER", help="default: the shipped tiny student")
+    add(
+        "--checkpoint",
+        type=Path,
+        metavar="PATH",
+        help="folder, or one .safetensors or .pt file (default: the shipped tiny student)",
+    )
     add("--precision", choices=PRECISIONS, help="default: fp32 for onnx, fp16 for tensorrt")
     add(
         "--target",
@@ -95,6 +107,19 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="FOLDER",
         help="an existing folder (default: engines, made if absent)",
     )
+    add(
+        "--vae",
+        type=Path,
+        metavar="PATH",
+        help="its video codec: the vae folder of Wan2.1 (diffusers), Wan2.1_VAE.pth, or taew2_1; an engine "
+        "that is up to date gets its codec parts alone",
+    )
+    add(
+        "--vae-precision",
+        choices=VAE_PRECISIONS,
+        default="fp32",
+        help="of the codec's weights and caches; fp16 is computed with in float32 (default fp32)",
+    )
     add("--force", action="store_true", help="replace engines that differ")
     add("--block-frames", type=int, metavar="N", help="latent frames denoised together (default 3)")
     add(
@@ -111,13 +136,27 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add("--timestep-shift", type=float, metavar="S", help="of the noise schedule (default 5)")
     add(
-        "--latent-size", type=_latent_size, metavar="HxW", help="fix the latent size (default: any)"
+        "--latent-size",
+        type=_latent_size,
+        metavar="HxW",
+        help="fix the latent size, pixels / 8 with a VAE (default: any)",
     )
     add(
         "--max-frames",
         type=int,
         metavar="N",
         help="longest video without a window, 0 = no limit (default 0)",
+    )
+    add(
+        "--text-encoder",
+        type=Path,
+        metavar="FOLDER",
+        help="UMT5 with its tokenizer, of transformers, diffusers or Wan: engines then take any prompt",
+    )
+    add(
+        "--text-precision",
+        choices=TEXT_PRECISIONS,
+        help="of its stored weights (default: fp16, fp32 where the source is); it computes in fp32",
     )
     add(
         "--dry-run",
@@ -135,11 +174,6 @@ def choose_targets(args: argparse.Namespace, settings: Settings) -> list[Target]
     Raises:
         AsdError: an explicit wish that cannot be met.
     """
-    if args.precision not in (None, *BUILDABLE):
-        raise ConfigError(
-            f"--precision {args.precision} cannot be built by this version; "
-            f"use --precision {' or '.join(BUILDABLE)}"
-        )
     if args.gpu and args.target == "onnx":
         raise ConfigError("--gpu is for TensorRT; leave it out, or use --target tensorrt")
     targets = []
@@ -233,8 +267,36 @@ def build(args: argparse.Namespace) -> list[Path]:
     checkpoint: Checkpoint = load_checkpoint(args.checkpoint or default_checkpoint())
     settings = _settings(args, checkpoint)
     targets = choose_targets(args, settings)
+    codec = _codec(args, checkpoint)
+    if args.text_precision is not None and args.text_encoder is None:
+        raise ConfigError("--text-precision is for --text-encoder; name its folder")
+    text = None if args.text_encoder is None else open_umt5(args.text_encoder)
+    if text is not None:
+        check_text(text, checkpoint.config)
     out = _output_folder(args.out)
-    return [build_engine(checkpoint, settings, target, out, args.force) for target in targets]
+    engines = [build_engine(checkpoint, settings, target, out, args.force) for target in targets]
+    if text is not None:
+        add_text_encoder(text, args.text_precision, engines, args.force)
+    if codec is not None:
+        add_codec(codec, engines, args.force)
+    return engines
+
+
+def _codec(args: argparse.Namespace, checkpoint: Checkpoint) -> CodecChoice | None:
+    """What --vae names.
+
+    Raises:
+        AsdError: it cannot be read, or does not belong to the checkpoint.
+    """
+    if args.vae is None:
+        return None
+    if checkpoint.codec is not None:
+        raise ConfigError(
+            f"--vae {args.vae}: checkpoint {checkpoint.name} has its own codec; leave the flag out"
+        )
+    codec = load_codec(args.vae)
+    check_codec(codec, checkpoint.config.out_dim, f"checkpoint {checkpoint.name}")
+    return CodecChoice(codec, args.vae_precision)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -242,6 +304,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = make_parser().parse_args(arguments)
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(message)s")
     log.setLevel(logging.INFO)
+    logging.getLogger("train.checkpoint").setLevel(
+        logging.INFO
+    )  # what was read, and how it was told
     try:
         if args.dry_run:
             report = dry_run(args)

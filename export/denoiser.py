@@ -21,23 +21,40 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.onnx import ops
 
+from export.lowering import Lowering
+from export.quantize import Quantized, QuantizedInput, Scales, Scheme
 from train.model import Attention, Block, WanModel
+
+MASKED = -1e4  # weighs nothing after softmax, and is a number in float16
 
 
 class Linear(nn.Module):
     """x @ W + b in `dtype`, for all `sources` side by side; W is [in, out]: the graph transposes nothing."""
 
-    def __init__(self, *sources: nn.Module, dtype: torch.dtype) -> None:
+    def __init__(
+        self, *sources: nn.Module, dtype: torch.dtype, input_scale: float | None = None
+    ) -> None:
+        """`input_scale`: of int8 inputs, where the product is one of int8; None = in `dtype`."""
         super().__init__()
         layers = [cast(nn.Linear, source) for source in sources]
         self.dtype = dtype
         # A view where it can be one: a large network must not be in memory twice.
-        weight = layers[0].weight if len(layers) == 1 else torch.cat([y.weight for y in layers])
-        self.weight = nn.Parameter(weight.detach().t().to(dtype))
+        whole = layers[0].weight if len(layers) == 1 else torch.cat([y.weight for y in layers])
+        weight = whole.detach().t()
+        self.weight: nn.Parameter | Quantized
+        self.input: QuantizedInput | None = None
+        if input_scale is None:
+            self.weight = nn.Parameter(weight.to(dtype))
+        else:
+            self.weight, self.input = Quantized(weight, dtype), QuantizedInput(input_scale, dtype)
         self.bias = nn.Parameter(torch.cat([layer.bias.detach() for layer in layers]).to(dtype))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x.to(self.dtype) @ self.weight + self.bias
+        weight, y = self.weight, x.to(self.dtype)
+        if isinstance(weight, Quantized) and self.input is not None:
+            y, weight = self.input(y), weight()
+        product: Tensor = y @ cast(Tensor, weight)
+        return product + self.bias
 
 
 class RmsNorm(nn.Module):
@@ -58,13 +75,19 @@ def split_heads(x: Tensor, heads: int) -> Tensor:
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, heads: int, fused: bool, mask: Tensor | None = None
+    q: Tensor, k: Tensor, v: Tensor, heads: int, how: Lowering, mask: Tensor | None = None
 ) -> Tensor:
     """q [1, T, dim] over k, v [1, S, dim], by mask bool [T, S] where there is one -> [1, T, dim]."""
-    if fused:
+    if how.attention == "operator":
         return ops.attention(q, k, v, mask, q_num_heads=heads, kv_num_heads=heads)[0]
     q, k, v = (split_heads(x, heads).transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+    if how.attention == "torch":
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(2, 3)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, MASKED)
+    out: Tensor = scores.softmax(dim=-1) @ v
+    return out.transpose(1, 2).flatten(2)
 
 
 def turn(x: Tensor, rope: tuple[Tensor, Tensor], heads: int, fused: bool) -> Tensor:
@@ -83,11 +106,14 @@ def turn(x: Tensor, rope: tuple[Tensor, Tensor], heads: int, fused: bool) -> Ten
 class SelfAttentionPart(nn.Module):
     """Attention of a pass's tokens over the past and themselves."""
 
-    def __init__(self, source: Attention, dtype: torch.dtype, fused: bool) -> None:
+    def __init__(
+        self, source: Attention, dtype: torch.dtype, how: Lowering, scales: Scales
+    ) -> None:
         super().__init__()
-        self.heads, self.dtype, self.fused = source.heads, dtype, fused
-        self.qkv = Linear(source.q, source.k, source.v, dtype=dtype)
-        self.o = Linear(source.o, dtype=dtype)
+        self.heads, self.dtype, self.how = source.heads, dtype, how
+        scale = scales.get("self_attn.qkv")
+        self.qkv = Linear(source.q, source.k, source.v, dtype=dtype, input_scale=scale)
+        self.o = Linear(source.o, dtype=dtype, input_scale=scales.get("self_attn.o"))
         self.norm_q = RmsNorm(source.norm_q.weight, source.norm_q.eps)
         self.norm_k = RmsNorm(source.norm_k.weight, source.norm_k.eps)
 
@@ -101,26 +127,31 @@ class SelfAttentionPart(nn.Module):
         """y [1, T, dim] -> (attended, own keys, own values), all [1, T, dim]."""
         q, k, v = self.qkv(y).split(y.shape[-1], dim=-1)
         q, k = (
-            turn(norm(x), rope, self.heads, self.fused).to(self.dtype)
+            turn(norm(x), rope, self.heads, self.how.fused).to(self.dtype)
             for norm, x in ((self.norm_q, q), (self.norm_k, k))
         )
         held = [torch.cat([before, own], dim=1) for before, own in zip(past, (k, v), strict=True)]
-        return attend(q, held[0], held[1], self.heads, self.fused, mask), k, v
+        return attend(q, held[0], held[1], self.heads, self.how, mask), k, v
 
 
 class CrossAttentionPart(nn.Module):
     """Attention of a pass's tokens over the prompt."""
 
-    def __init__(self, source: Attention, dtype: torch.dtype, fused: bool) -> None:
+    def __init__(
+        self, source: Attention, dtype: torch.dtype, how: Lowering, scales: Scales
+    ) -> None:
         super().__init__()
-        self.heads, self.dtype, self.fused = source.heads, dtype, fused
-        self.q, self.o = Linear(source.q, dtype=dtype), Linear(source.o, dtype=dtype)
+        self.heads, self.dtype, self.how = source.heads, dtype, how
+        self.q, self.o = (
+            Linear(layer, dtype=dtype, input_scale=scales.get(f"cross_attn.{name}"))
+            for name, layer in (("q", source.q), ("o", source.o))
+        )
         self.norm_q = RmsNorm(source.norm_q.weight, source.norm_q.eps)
 
     def forward(self, y: Tensor, prompt: Sequence[Tensor]) -> Tensor:
         """y [1, T, dim] over prompt keys and values [1, L, dim] -> [1, T, dim]."""
         q = self.norm_q(self.q(y)).to(self.dtype)
-        return attend(q, prompt[0], prompt[1], self.heads, self.fused)
+        return attend(q, prompt[0], prompt[1], self.heads, self.how)
 
 
 class PromptKeyValue(nn.Module):
@@ -172,12 +203,15 @@ class Residual:
 class BlockPart(nn.Module):
     """One transformer block."""
 
-    def __init__(self, source: Block, dtype: torch.dtype, fused: bool) -> None:
+    def __init__(self, source: Block, dtype: torch.dtype, how: Lowering, scales: Scales) -> None:
         super().__init__()
-        self.self_attn = SelfAttentionPart(source.self_attn, dtype, fused)
-        self.cross_attn = CrossAttentionPart(source.cross_attn, dtype, fused)
+        self.self_attn = SelfAttentionPart(source.self_attn, dtype, how, scales)
+        self.cross_attn = CrossAttentionPart(source.cross_attn, dtype, how, scales)
         self.norm3 = source.norm3
-        self.up, self.down = (Linear(source.ffn[i], dtype=dtype) for i in (0, 2))
+        self.up, self.down = (
+            Linear(source.ffn[i], dtype=dtype, input_scale=scales.get(name))
+            for i, name in ((0, "ffn.up"), (2, "ffn.down"))
+        )
 
     def forward(
         self,
@@ -202,9 +236,12 @@ class BlockPart(nn.Module):
 class DenoiserPart(nn.Module):
     """One causal pass, as in docs/engine.md; prompt and past come layer by layer, k before v."""
 
-    def __init__(self, model: WanModel, dtype: torch.dtype, fused: bool) -> None:
+    def __init__(
+        self, model: WanModel, dtype: torch.dtype, how: Lowering, scheme: Scheme | None = None
+    ) -> None:
+        """The part of `model` in `dtype`; `scheme`: whose products are int8."""
         super().__init__()
-        self.layers, self.eps, self.fused = model.config.num_layers, model.config.eps, fused
+        self.layers, self.eps, self.fused = model.config.num_layers, model.config.eps, how.fused
         patch = model.patch_embedding
         linear = nn.Linear(patch.in_channels * 4, patch.out_channels, device="meta")
         values = {"weight": patch.weight.flatten(1), "bias": cast(Tensor, patch.bias)}
@@ -212,7 +249,8 @@ class DenoiserPart(nn.Module):
         # Small, and where the latents come in unharmed.
         self.patch = Linear(linear, dtype=torch.float32)
         self.blocks = nn.ModuleList(
-            BlockPart(cast(Block, block), dtype, fused) for block in model.blocks
+            BlockPart(cast(Block, block), dtype, how, scheme.of_block(i) if scheme else {})
+            for i, block in enumerate(model.blocks)
         )
         self.head = Linear(model.head.head, dtype=torch.float32)
 

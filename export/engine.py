@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import logging
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
@@ -24,10 +21,19 @@ from asd_rt.manifest import (
     verify,
     write_manifest,
 )
-from asd_rt.planner import is_large
-from export.onnx import dtype_name, export_part, serialize
-from export.parity import measure
-from export.parts import LOWERINGS, PartModule, TensorShape, engine_parts
+from asd_rt.planner import is_large, runtime_of
+from export.bundle import (
+    added_fields,
+    added_parts,
+    carry_over,
+    remove_unnamed,
+    scratch_folder,
+)
+from export.calibrate import choose_scheme
+from export.lowering import LOWERINGS, Lowering
+from export.onnx import export_part, serialize, tensor_specs
+from export.parity import BUDGETS, measure
+from export.parts import PartModule, engine_parts
 from export.settings import Settings, make_manifest
 from export.tensorrt import build_plan, import_tensorrt, profile_ranges
 from export.weights import WeightsFile
@@ -50,13 +56,6 @@ class Target:
         return f"asd_{self.precision}{self.suffix}"
 
     @property
-    def runtime(self) -> str:
-        """What runs the passes: onnxruntime, its provider openvino, or tensorrt."""
-        if self.backend != "onnx":
-            return "tensorrt"
-        return "openvino" if self.precision == "bf16" else "onnxruntime"
-
-    @property
     def suffix(self) -> str:
         return ".onnx" if self.backend == "onnx" else ".plan"
 
@@ -65,8 +64,8 @@ def plan_obstacle(settings: Settings, precision: str) -> str | None:
     """Why these settings cannot become a TensorRT plan; None = they can."""
     if precision == "fp32":
         return "TensorRT takes no fp32 attention; use --precision fp16"
-    if precision == "bf16":
-        return "a bf16 engine is for ONNX Runtime with OpenVINO; use --target onnx, or --precision fp16"
+    if precision in ("bf16", "int8"):
+        return f"a {precision} engine is for a CPU; use --target onnx, or --precision fp16"
     if settings.latent_hw is None:
         return "a plan needs a fixed latent size, which this checkpoint does not say; use --latent-size HxW"
     if not settings.capacity_frames:
@@ -93,17 +92,17 @@ def build_engine(
     """
     engine = out / target.file
     wanted = make_manifest(
-        checkpoint, settings, target.precision, target.backend, _NO_PARTS, target.gpus
+        checkpoint, settings, target.precision, target.backend, NO_PARTS, target.gpus
     )
     if not force and _is_current(engine, wanted):
         log.info("%s is up to date", engine)
         return engine
     log.info("building %s from checkpoint %s", engine, checkpoint.name)
-    with _scratch(out) as scratch:
+    with scratch_folder(out) as scratch:
         began = perf_counter()
-        manifest = _fill(scratch, checkpoint, settings, target)
+        manifest = carry_over(engine, _fill(scratch, checkpoint, settings, target))
         write_manifest(scratch / target.file, manifest)
-        verify(scratch / target.file, manifest)
+        verify(scratch / target.file, manifest, skip=added_parts(manifest))
         _move_in(scratch, engine, manifest)
         size = sum(part.bytes for part in manifest.parts.values())
         log.info("wrote %s, %.1f MB in %d parts, %.0f s", engine, size / 1e6, len(manifest.parts),
@@ -111,17 +110,21 @@ def build_engine(
     return engine
 
 
-_NO_PARTS = {name: Part(name, "0" * 64, 0) for name in ("denoiser", "time", "prompt")}
+NO_PARTS = {name: Part(name, "0" * 64, 0) for name in ("denoiser", "time", "prompt")}
 
 
 def _fill(scratch: Path, checkpoint: Checkpoint, settings: Settings, target: Target) -> Manifest:
     """Export, gate and, for a plan, compile every part into `scratch`; returns the manifest."""
     model = checkpoint.build_model()
-    lowering = LOWERINGS[target.runtime]
+    lowering = LOWERINGS[runtime_of(target.backend, target.precision, checkpoint.config)]
     large = is_large(checkpoint.config)
+    scheme = None
+    if target.precision == "int8":
+        draft = make_manifest(checkpoint, settings, target.precision, target.backend, NO_PARTS)
+        scheme = choose_scheme(checkpoint, model, draft, BUDGETS["int8"].simulated)
     # A large network is measured at small latents, so its graphs leave the size open.
     latent_hw = None if large else settings.latent_hw
-    modules = engine_parts(checkpoint, model, target.precision, latent_hw, lowering)
+    modules = engine_parts(checkpoint, model, target.precision, latent_hw, lowering, scheme)
     if large:  # its joined part would have the runtime hold all weights twice, to save little
         modules.pop("joined", None)
     file = scratch / f"asd_{target.precision}.weights"
@@ -129,7 +132,7 @@ def _fill(scratch: Path, checkpoint: Checkpoint, settings: Settings, target: Tar
     with WeightsFile(file) as weights:
         for name in list(modules):
             began = perf_counter()
-            parts[name] = _export(scratch, target, name, modules.pop(name), weights)
+            parts[name] = _export(scratch, target, lowering, name, modules.pop(name), weights)
             log.info("  %-9s exported  %6.1f s", name, perf_counter() - began)
     held = {"weights": Part(file.name, sha256_file(file), file.stat().st_size)}
     log.info("  weights   %8.3f MB", held["weights"].bytes / 1e6)
@@ -139,6 +142,8 @@ def _fill(scratch: Path, checkpoint: Checkpoint, settings: Settings, target: Tar
     log.info("  parity    pass %.1e, rollout %.1e (budgets %.0e, %.0e) %.1f s",
              max(parity["pass"].values()), max(parity["rollout"].values()), parity["budget"]["pass"],
              parity["budget"]["rollout"], perf_counter() - began)  # fmt: skip
+    if scheme is not None:
+        parity["int8"] = scheme.to_json()
     if target.backend == "onnx":
         return replace(manifest, parity=parity)
 
@@ -164,16 +169,20 @@ def _fill(scratch: Path, checkpoint: Checkpoint, settings: Settings, target: Tar
 
 
 def _export(
-    scratch: Path, target: Target, name: str, module: PartModule, weights: WeightsFile
+    scratch: Path,
+    target: Target,
+    lowering: Lowering,
+    name: str,
+    module: PartModule,
+    weights: WeightsFile,
 ) -> Part:
     """Write one part's graph, and its weights to theirs."""
-    opset = LOWERINGS[target.runtime].opset
     # OpenVINO computes in bfloat16, whatever the weights are.
-    half = target.runtime == "openvino" and name in ("denoiser", "joined", "prompt")
-    graph = serialize(export_part(name, module, opset, weights, "bf16" if half else ""))
+    half = lowering is LOWERINGS["openvino"] and name in ("denoiser", "joined", "prompt")
+    graph = serialize(export_part(name, module, lowering.opset, weights, "bf16" if half else ""))
     stem = f"asd_{target.precision}"
     file = f"{stem}.onnx" if name == "denoiser" else f"{stem}.{name}.onnx"
-    part = _write(scratch / file, graph, _specs(module.inputs), _specs(module.outputs))
+    part = _write(scratch / file, graph, tensor_specs(module.inputs), tensor_specs(module.outputs))
     onnx.checker.check_model(scratch / file)  # by path: so it looks for weights beside the graph
     return part
 
@@ -188,10 +197,6 @@ def _write(
     return Part(file.name, sha256_file(file), file.stat().st_size, inputs, outputs)
 
 
-def _specs(tensors: Mapping[str, TensorShape]) -> dict[str, TensorSpec]:
-    return {name: TensorSpec(dtype_name(dtype), shape) for name, (dtype, shape) in tensors.items()}
-
-
 def _is_current(engine: Path, wanted: Manifest) -> bool:
     """Whether the engine that is there is what would be built.
 
@@ -203,11 +208,13 @@ def _is_current(engine: Path, wanted: Manifest) -> bool:
     mend = "use --force to replace it, or --out for another folder"
     try:
         found = read_manifest(engine)
-        verify(engine, found)
+        verify(engine, found, skip=added_parts(found))
     except AsdError as error:
         raise EngineError(f"{engine}: exists but is damaged; {mend} ({error})") from error
+    # The checkpoint's hash stands for its own codec, `sources` for an added one.
+    apart = {"parts", "parity", "sources", "codec"} | added_fields(found)
     old, new = (
-        {k: v for k, v in manifest.to_json().items() if k not in ("parts", "parity")}
+        {k: v for k, v in manifest.to_json().items() if k not in apart}
         for manifest in (found, wanted)
     )
     differing = [key for key in new if old[key] != new[key]]
@@ -218,30 +225,26 @@ def _is_current(engine: Path, wanted: Manifest) -> bool:
     return True
 
 
-@contextmanager
-def _scratch(out: Path) -> Iterator[Path]:
-    """A temporary folder inside `out`; nothing of it stays behind."""
-    scratch = None
-    try:
-        scratch = Path(tempfile.mkdtemp(prefix=".build-", dir=out))
-        yield scratch
-    except OSError as error:
-        raise EngineError(
-            f"--out {out}: cannot be written ({error.strerror or error}); choose another folder or make room"
-        ) from error
-    finally:
-        if scratch is not None:
-            shutil.rmtree(scratch, ignore_errors=True)
-
-
 def _move_in(scratch: Path, engine: Path, manifest: Manifest) -> None:
     """Put the finished files in place, the manifest last: until then the engine does not verify."""
     old = set(engine.parent.glob(f"{engine.stem}.*{engine.suffix}"))
+    added = _added_files(engine)
     manifest_path(engine).unlink(missing_ok=True)
-    files = [part.file for part in manifest.parts.values()]
+    own = manifest.parts.keys() - added_parts(manifest)
+    files = [manifest.parts[name].file for name in manifest.parts if name in own]
     for file in files:
         (scratch / file).chmod(0o644)
         (scratch / file).replace(engine.parent / file)
     for leftover in old - {engine.parent / file for file in files}:
         leftover.unlink()
     (scratch / manifest_path(engine).name).replace(manifest_path(engine))
+    remove_unnamed(engine.parent, added)
+
+
+def _added_files(engine: Path) -> list[str]:
+    """Files of the added parts of the engine that is there, if it can be read."""
+    try:
+        found = read_manifest(engine)
+    except AsdError:
+        return []
+    return [found.parts[name].file for name in added_parts(found)]

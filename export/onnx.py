@@ -15,24 +15,32 @@ import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
+from asd_rt.decoding import STATE
 from asd_rt.errors import EngineError
+from asd_rt.manifest import TensorSpec
 from export.parts import PartModule, TensorShape
 from export.weights import MIN_BYTES, WeightsFile
 
 HALF_MIN_ELEMENTS = 1024
 
-_EXAMPLE_SIZES = {"B": 2, "F": 3, "P": 7, "h": 6, "w": 4, "rows": 24, "columns": 16}
+_EXAMPLE_SIZES = {"B": 2, "F": 3, "P": 7, "h": 6, "w": 4, "rows": 24, "columns": 16, "L": 5}
 _ELEMENT_TYPES = {
     torch.float32: TensorProto.FLOAT,
     torch.float16: TensorProto.FLOAT16,
     torch.int64: TensorProto.INT64,
     torch.bool: TensorProto.BOOL,
+    torch.int8: TensorProto.INT8,
 }
 
 
 def dtype_name(dtype: torch.dtype) -> str:
     """torch.float32 -> "float32"."""
     return str(dtype).removeprefix("torch.")
+
+
+def tensor_specs(tensors: Mapping[str, TensorShape]) -> dict[str, TensorSpec]:
+    """Tensors of a part as a manifest describes them."""
+    return {name: TensorSpec(dtype_name(dtype), shape) for name, (dtype, shape) in tensors.items()}
 
 
 def _example_inputs(part: PartModule) -> tuple[torch.Tensor, ...]:
@@ -42,26 +50,33 @@ def _example_inputs(part: PartModule) -> tuple[torch.Tensor, ...]:
         height, width = (_size(n, sizes) for n in part.inputs["latents"][1][3:])
         sizes["T"] = sizes["F"] * (height // 2) * (width // 2)
         sizes["S"] = sizes["P"] + sizes["T"]
+    named = len(part.inputs) - part.stored
     return tuple(
-        torch.zeros([_size(n, sizes) for n in shape], dtype=dtype)
-        for dtype, shape in part.inputs.values()
+        # One zero seen as a whole weight takes no memory.
+        torch.zeros((), dtype=dtype).expand([_size(n, sizes) for n in shape])
+        if i >= named
+        else torch.zeros([_size(n, sizes) for n in shape], dtype=dtype)
+        for i, (dtype, shape) in enumerate(part.inputs.values())
     )
 
 
 def _size(entry: int | str, sizes: Mapping[str, int]) -> int:
-    return sizes[entry] if isinstance(entry, str) else entry
+    if isinstance(entry, int):
+        return entry
+    symbol = entry.lstrip("0123456789")  # "8h" is 8 times the size of h
+    return int(entry.removesuffix(symbol) or 1) * sizes[symbol]
 
 
 def export_part(
-    name: str, part: PartModule, opset: int, weights: WeightsFile, rounded: str = ""
+    name: str, part: PartModule, opset: int, weights: WeightsFile | None = None, rounded: str = ""
 ) -> onnx.ModelProto:
-    """One part as an ONNX model, its larger weights in `weights`; the same weights give the same bytes.
+    """One part as an ONNX model; the same weights give the same bytes.
 
     Args:
         name: of the part, which becomes the graph's name.
         part: see `export.parts.engine_parts`.
         opset: of ONNX.
-        weights: where weights go; the graph refers to them.
+        weights: where weights go; the graph refers to them. None = they stay in the graph.
         rounded: "bf16" stores float32 matrices in bfloat16, for what computes in it anyway; "fp16" all larger
             float32 weights in float16; "" only those that float16 holds exactly.
 
@@ -74,7 +89,12 @@ def export_part(
         for _, shape in part.inputs.values()
     ]
     # A pass takes its layers' tensors as *args, which torch.export sees as one tuple.
-    fixed = 4 if name in ("denoiser", "joined") else len(shapes)
+    if name in ("denoiser", "joined"):
+        fixed = 4
+    elif f"{STATE}0" in part.inputs:
+        fixed = 1
+    else:
+        fixed = len(shapes) - part.stored
     dynamic_shapes = (
         (*shapes[:fixed], tuple(shapes[fixed:])) if fixed < len(shapes) else tuple(shapes)
     )
@@ -96,7 +116,7 @@ def export_part(
             raise EngineError(f"{name}: torch.onnx cannot export this part: {reason}") from error
     if program is None:
         raise EngineError(f"{name}: torch.onnx.export returned nothing")
-    halved = _move_weights(program.model.graph, weights, rounded)
+    halved = {} if weights is None else _move_weights(program.model.graph, weights, rounded)
     return _clean(program.model_proto, name, part, halved)
 
 

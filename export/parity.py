@@ -12,9 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from asd_rt.backends.ort import OrtEngine, open_engine
@@ -23,36 +21,44 @@ from asd_rt.kv_cache import joined_mask
 from asd_rt.manifest import Manifest
 from asd_rt.plan import ListedPlan
 from asd_rt.planner import is_large
-from asd_rt.schedule import Schedule
+from asd_rt.schedule import TRAIN_TIMESTEPS, Schedule
 from asd_rt.session import Replay, Session
+from export.metrics import Array, relative_l2
 from export.reference import TorchEngine
+from export.samples import (
+    latent_sizes,
+    rollout_frames,
+    sample_context,
+    sample_latents,
+    sample_noise,
+)
 from train.checkpoint import Checkpoint
 from train.model import Block, KeyValue, WanModel, make_rope
 
 log = logging.getLogger(__name__)
 
-Array = NDArray[Any]
-FREE_LATENT_SIZES = ((4, 6), (6, 4))  # tried where an engine fixes no size
-MAX_ROLLOUT_BLOCKS = 8
+PLAN = ListedPlan((4, 2, 1))
+SAMPLES_SEED = 100  # not one of calibration
 
 
 @dataclass(frozen=True)
 class Budget:
-    """Largest relative L2 error of one pass, and of latents and cache after a rollout."""
+    """Largest relative L2 error of one pass, and of latents and cache after a rollout.
+
+    `simulated`: of a pass, when layers for int8 are chosen.
+    """
 
     one_pass: float
     rollout: float
+    simulated: float = 0.0
 
 
-BUDGETS = {"fp32": Budget(1e-5, 1e-4), "fp16": Budget(5e-3, 5e-2), "bf16": Budget(3e-2, 1e-1)}
-
-
-def relative_l2(found: Array, expected: Array) -> float:
-    """|found - expected| / |expected| in float64; infinite where a value is not finite."""
-    if not np.isfinite(found).all():
-        return float("inf")
-    difference = np.linalg.norm(found.astype(np.float64) - expected.astype(np.float64))
-    return float(difference / max(float(np.linalg.norm(expected.astype(np.float64))), 1e-12))
+BUDGETS = {
+    "fp32": Budget(1e-5, 1e-4),
+    "fp16": Budget(5e-3, 5e-2),
+    "bf16": Budget(3e-2, 1e-1),
+    "int8": Budget(1e-1, 2e-1, simulated=6e-2),
+}
 
 
 def measure(
@@ -79,7 +85,7 @@ def measure(
     engine = open_engine(path, manifest)
     try:
         passes = _measure_passes(engine, checkpoint, model)
-        rollout = _measure_rollout(engine, TorchEngine(checkpoint, manifest, model))
+        rollout = _measure_rollout(engine, checkpoint, TorchEngine(checkpoint, manifest, model))
     finally:
         engine.close()
     failed = [
@@ -105,16 +111,10 @@ def measure(
     }
 
 
-def _latent_sizes(manifest: Manifest) -> Sequence[tuple[int, int]]:
-    if manifest.latent_hw is not None:
-        return (manifest.latent_hw,)
-    return FREE_LATENT_SIZES[:1] if is_large(manifest.model) else FREE_LATENT_SIZES
-
-
 def _ran(manifest: Manifest) -> dict[str, Any]:
     """What a large network was measured on."""
-    sizes = [list(latent_hw) for latent_hw in _latent_sizes(manifest)]
-    return {"latents": sizes, "rollout_frames": _rollout_frames(manifest)}
+    sizes = [list(latent_hw) for latent_hw in latent_sizes(manifest)]
+    return {"latents": sizes, "rollout_frames": rollout_frames(manifest)}
 
 
 def _run(engine: OrtEngine, part: str, inputs: Mapping[str, Tensor]) -> dict[str, Array]:
@@ -154,18 +154,21 @@ def _measure_passes(engine: OrtEngine, checkpoint: Checkpoint, model: WanModel) 
         expected = {"modulation": modulations(model, t)[:, 0, 0]}
         note("time", _worst(_run(engine, "time", {"timestep": t}), expected))
     for batch in (1, 2):
-        context = _context(checkpoint, batch, draw)
+        context = sample_context(checkpoint, batch, SAMPLES_SEED)
         if checkpoint.table is not None:
             tokens = torch.randint(len(checkpoint.table), (batch, config.text_len), generator=draw)
-            context = checkpoint.table[tokens]
-            note("text", _worst(_run(engine, "text", {"tokens": tokens}), {"context": context}))
+            expected = {"context": checkpoint.table[tokens]}
+            note("text", _worst(_run(engine, "text", {"tokens": tokens}), expected))
         if batch == 1:
             prompt = model.embed_prompt(context)
             found = _run(engine, "prompt", {"context": context})
             note("prompt", _worst(found, _flat("prompt", prompt)))
-        for height, width in _latent_sizes(manifest):
+        for height, width in latent_sizes(manifest):
             if batch == 1:
-                for case in _denoiser_cases(manifest, model, prompt, (height, width), draw):
+                clean = sample_latents(
+                    checkpoint, model, manifest, (height, width), PLAN, SAMPLES_SEED
+                )
+                for case in _denoiser_cases(manifest, model, prompt, clean, draw):
                     note(case.part, _worst(_run(engine, case.part, case.inputs), case.expected))
             if checkpoint.codec is not None:
                 size = (batch, manifest.cache.block_frames, config.in_dim, height, width)
@@ -178,12 +181,6 @@ def _measure_passes(engine: OrtEngine, checkpoint: Checkpoint, model: WanModel) 
                 expected = {"latents": checkpoint.codec.encode((frames + 1) / 2)}
                 note("encoder", _worst(_run(engine, "encoder", {"frames": frames}), expected))
     return worst
-
-
-def _context(checkpoint: Checkpoint, batch: int, draw: torch.Generator) -> Tensor:
-    return torch.randn(
-        (batch, checkpoint.config.text_len, checkpoint.config.text_dim), generator=draw
-    )
 
 
 def modulations(model: WanModel, timesteps: Tensor) -> Tensor:
@@ -207,28 +204,32 @@ def _denoiser_cases(
     manifest: Manifest,
     model: WanModel,
     prompt: list[KeyValue],
-    latent_hw: tuple[int, int],
+    clean: Tensor,
     draw: torch.Generator,
 ) -> Iterator[_Case]:
-    """Passes over empty, half-full and full caches at noisy and clean timesteps."""
+    """Passes over empty, half-full and full caches at noisy and clean timesteps, on `clean` latents."""
     config, block = model.config, manifest.cache.block_frames
-    token_hw = (latent_hw[0] // 2, latent_hw[1] // 2)
+    token_hw = (clean.shape[3] // 2, clean.shape[4] // 2)
 
-    def latents(frames: int) -> Tensor:
-        return torch.randn((1, frames, config.in_dim, *latent_hw), generator=draw)
+    def latents(start: int, times: Tensor) -> Tensor:
+        """Frames from `start` on, as many as `times`, each as noisy as its timestep says."""
+        x = clean[:, torch.arange(start, start + len(times)) % clean.shape[1]]
+        sigma = (times / TRAIN_TIMESTEPS).view(-1, 1, 1, 1)
+        return (1 - sigma) * x + sigma * torch.randn(x.shape, generator=draw)
 
     def time(frames: int, timestep: float) -> tuple[Tensor, Tensor]:
         return model.embed_time(torch.full((1, frames), timestep))
 
-    full = _rollout_frames(manifest)
-    kv_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(
-        manifest.precision, torch.float32
-    )
+    full = rollout_frames(manifest)
+    kv_dtype = torch.float16 if manifest.precision == "fp16" else torch.float32
+    if manifest.runtime == "openvino":
+        kv_dtype = torch.bfloat16
     for past_frames in sorted({0, block, (manifest.cache.window_frames or full) - block}):
         past = None
         if past_frames:
             rope = make_rope(config, range(past_frames), token_hw)
-            _, past = model.denoise(latents(past_frames), time(past_frames, 0.0), prompt, rope)
+            x = latents(0, torch.zeros(past_frames))
+            _, past = model.denoise(x, time(past_frames, 0.0), prompt, rope)
         else:
             empty = torch.zeros((0, 1, config.num_heads, config.head_dim))
             past = [KeyValue(empty, empty) for _ in range(config.num_layers)]
@@ -239,7 +240,7 @@ def _denoiser_cases(
         )
         rope = make_rope(config, range(past_frames, past_frames + block), token_hw)
         for timestep in (1000.0, 625.0, 0.0):
-            x = latents(block)
+            x = latents(past_frames, torch.full((block,), timestep))
             flow, new = model.denoise(x, time(block, timestep), given, rope, past)
             rows = modulations(model, torch.tensor([timestep]))[:, 0, 0]
             inputs = {"latents": x, "modulation": rows}
@@ -249,8 +250,8 @@ def _denoiser_cases(
             if "joined" not in manifest.parts or not timestep:
                 continue
             both = make_rope(config, range(past_frames, past_frames + 2 * block), token_hw)
-            x = latents(2 * block)
             times = torch.tensor([0.0] * block + [timestep] * block)
+            x = latents(past_frames, times)
             hidden = range(block if past_frames else 0)
             mask = torch.from_numpy(
                 joined_mask(block, past_frames, hidden, token_hw[0] * token_hw[1])
@@ -261,34 +262,19 @@ def _denoiser_cases(
             yield _Case("joined", inputs | held, {"flow": flow} | _flat("new", new))
 
 
-def _rollout_frames(manifest: Manifest) -> int:
-    """Frames of a rollout: past the end of the window where that is affordable, three blocks without one.
-
-    Two of a large network.
-    """
-    cache = manifest.cache
-    block = cache.block_frames
-    blocks = -(-cache.window_frames // block) + 2 if cache.window_frames else 3
-    blocks = min(blocks, 2 if is_large(manifest.model) else MAX_ROLLOUT_BLOCKS)
-    if cache.max_frames and not cache.window_frames:
-        blocks = min(blocks, cache.max_frames // block)
-    return blocks * block
-
-
-def _measure_rollout(engine: OrtEngine, reference: TorchEngine) -> dict[str, float]:
+def _measure_rollout(
+    engine: OrtEngine, checkpoint: Checkpoint, reference: TorchEngine
+) -> dict[str, float]:
     """The same noise and plan through both engines; worst relative L2 of latents and of the last cache."""
     manifest = engine.manifest
-    config, frames = manifest.model, _rollout_frames(manifest)
-    draw = np.random.default_rng(0)
     worst = {"latents": 0.0, "cache": 0.0}
-    for height, width in _latent_sizes(manifest):
-        batch = 1 if is_large(config) else 2
-        shape = (batch, frames, config.in_dim, height, width)
-        noise = draw.standard_normal(shape).astype(np.float32)
-        context = draw.standard_normal((batch, config.text_len, config.text_dim)).astype(np.float32)
+    batch = 1 if is_large(manifest.model) else 2
+    for latent_hw in latent_sizes(manifest):
+        noise = sample_noise(manifest, latent_hw, batch, SAMPLES_SEED)
+        context = sample_context(checkpoint, batch, SAMPLES_SEED).numpy()
 
         def play(session: Session, noise: Array = noise, context: Array = context) -> Replay:
-            return session.replay(noise, context, plan=ListedPlan((4, 2, 1)), dump_cache=True)
+            return session.replay(noise, context, plan=PLAN, dump_cache=True)
 
         expected = play(Session(reference, join=False))
         for join in (False, True) if engine.denoiser.can_join else (False,):

@@ -11,12 +11,20 @@ from torch import Tensor, nn
 
 from asd_rt.errors import ConfigError
 from export.denoiser import DenoiserPart, JoinedPart, PromptPart, TimePart
+from export.lowering import Lowering
+from export.quantize import Scheme
 from train.checkpoint import Checkpoint
 from train.codec import LinearCodec
 from train.model import WanModel
 
-# A bf16 engine is a float32 graph that a runtime computes in bfloat16 (OpenVINO on a CPU).
-KV_TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.float32}
+# Graphs of bf16 and int8 engines are float32, but for quantised products; a runtime computes them in bfloat16
+# (OpenVINO on a CPU).
+KV_TYPES = {
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.float32,
+    "int8": torch.float32,
+}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -26,35 +34,14 @@ class PartModule:
     Attributes:
         module: its `forward` takes `inputs` in their order and returns `outputs` in theirs.
         inputs, outputs: (dtype, shape) by name; a shape holds sizes and the symbols of docs/engine.md.
+        stored: how many of the last inputs are weights, which `forward` takes as *args.
     """
 
     module: nn.Module
     inputs: Mapping[str, TensorShape]
     outputs: Mapping[str, TensorShape]
+    stored: int = 0
 
-
-@dataclass(frozen=True, slots=True)
-class Lowering:
-    """How graphs are written for what runs them.
-
-    Attributes:
-        opset: of ONNX.
-        fused: one operator each for attention, rotary positions and modulated norms, instead of plain ones.
-        joined: with a joined pass.
-    """
-
-    opset: int
-    fused: bool
-    joined: bool
-
-
-# OpenVINO leaves fused operators to others, and finds them again in plain ones. TensorRT fuses attention from
-# opset 23.
-LOWERINGS = {
-    "onnxruntime": Lowering(23, fused=True, joined=True),
-    "openvino": Lowering(18, fused=False, joined=True),
-    "tensorrt": Lowering(23, fused=False, joined=False),
-}
 
 TensorShape = tuple[torch.dtype, tuple[int | str, ...]]
 
@@ -89,15 +76,17 @@ def engine_parts(
     precision: str,
     latent_hw: tuple[int, int] | None,
     lowering: Lowering,
+    scheme: Scheme | None = None,
 ) -> dict[str, PartModule]:
     """All parts of an engine, by name.
 
     Args:
         checkpoint: what to export.
         model: `checkpoint.build_model()`.
-        precision: fp32, fp16 or bf16.
+        precision: fp32, fp16, bf16 or int8.
         latent_hw: the one latent size of the engine, None = any.
         lowering: one of LOWERINGS.
+        scheme: of an int8 engine.
 
     Raises:
         ConfigError: another precision.
@@ -106,7 +95,7 @@ def engine_parts(
         raise ConfigError(
             f"precision {precision} cannot be exported yet; use {' or '.join(KV_TYPES)}"
         )
-    kv, f32, fused = KV_TYPES[precision], torch.float32, lowering.fused
+    kv, f32 = KV_TYPES[precision], torch.float32
     c = model.config
     height, width = latent_hw or ("h", "w")
     tokens, rows = "T", 6 * c.num_layers + 2
@@ -124,7 +113,7 @@ def engine_parts(
         return given | {"rope_sin": rope} | more | held
 
     made = {"flow": flow} | layers("new", tokens)
-    denoiser = DenoiserPart(model, kv, fused)
+    denoiser = DenoiserPart(model, kv, lowering, scheme)
     parts = {
         "denoiser": PartModule(denoiser, inputs((rows, c.dim)), made),
         "time": PartModule(

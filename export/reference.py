@@ -15,6 +15,7 @@ from asd_rt.errors import BackendError, EngineError
 from asd_rt.kv_cache import Move, joined_mask
 from asd_rt.manifest import Manifest
 from train.checkpoint import Checkpoint
+from train.codec import PATCH, LinearCodec
 from train.model import KeyValue, WanModel, make_rope
 
 
@@ -108,6 +109,19 @@ class TorchDenoiser:
         return read(self._cache[layer].k), read(self._cache[layer].v)
 
 
+class TorchCodecStream:
+    """See `asd_rt.backends.base.CodecStream`; of a linear codec, which remembers nothing."""
+
+    def __init__(self, codec: LinearCodec, part: str, latent_hw: tuple[int, int]) -> None:
+        self._codec, self._part = codec, part
+        self.frame_hw = (latent_hw[0] * PATCH, latent_hw[1] * PATCH)
+
+    @torch.inference_mode()
+    def step(self, given: FloatArray, made: FloatArray, first: bool) -> None:
+        x = torch.from_numpy(given)
+        made[:] = self._codec(x) if self._part == "decoder" else self._codec.encode((x + 1) / 2)
+
+
 class TorchEngine:
     """See `asd_rt.backends.base.Engine`."""
 
@@ -135,19 +149,10 @@ class TorchEngine:
             raise EngineError(f"checkpoint {self.path}: has no text encoder")
         return self._checkpoint.table[torch.from_numpy(tokens)].numpy()
 
-    @torch.inference_mode()
-    def decode(self, latents: FloatArray) -> FloatArray:
+    def codec_stream(self, part: str, latent_hw: tuple[int, int]) -> TorchCodecStream:
         if self._checkpoint.codec is None:
-            raise EngineError(f"checkpoint {self.path}: has no codec")
-        frames: Tensor = self._checkpoint.codec(torch.from_numpy(np.ascontiguousarray(latents)))
-        return frames.numpy()
-
-    @torch.inference_mode()
-    def encode(self, frames: FloatArray) -> FloatArray:
-        if self._checkpoint.codec is None:
-            raise EngineError(f"checkpoint {self.path}: has no codec")
-        x = (torch.from_numpy(np.ascontiguousarray(frames)) + 1) / 2
-        return self._checkpoint.codec.encode(x).contiguous().numpy()
+            raise EngineError(f"checkpoint {self.path}: has no codec of its own")
+        return TorchCodecStream(self._checkpoint.codec, part, latent_hw)
 
     def close(self) -> None:
         """Nothing to release."""

@@ -13,8 +13,10 @@ from asd_rt.config import CacheConfig
 from asd_rt.errors import ConfigError
 from asd_rt.manifest import Manifest, Part
 from asd_rt.plan import FixedPlan
+from asd_rt.planner import runtime_of
 from asd_rt.schedule import STEP_LISTS, Schedule
 from train.checkpoint import Checkpoint
+from train.codec import PATCH
 from train.deployment import check_latent_hw
 
 log = logging.getLogger(__name__)
@@ -108,6 +110,7 @@ def make_manifest(
         name=f"asd_{precision}",
         precision=precision,
         backend=backend,
+        runtime=runtime_of(backend, precision, checkpoint.config),
         model=checkpoint.config,
         cache=settings.cache,
         latent_hw=settings.latent_hw,
@@ -129,8 +132,15 @@ def make_manifest(
         | ({"trained_frames": told.trained_frames} if told.trained_frames else {}),
         tools=tool_versions(backend),
         gpus=gpus,
+        codec=_own_codec(checkpoint) if "decoder" in parts else None,
         parity=dict(parity or {}),
     )
+
+
+def _own_codec(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    if checkpoint.codec is None:
+        return None
+    return {"kind": "linear", "spatial": PATCH, "temporal": 1}
 
 
 def tool_versions(backend: str) -> dict[str, str]:

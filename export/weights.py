@@ -7,11 +7,13 @@ its own size stays far from the 2 GB at which a protobuf file ends.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
 import numpy as np
+import onnx
 from numpy.typing import NDArray
 
 MIN_BYTES = 1024  # smaller tensors stay in their graph, which shape inference may want to read
@@ -53,3 +55,12 @@ class WeightsFile:
             self._where[digest] = Place(self._out.tell(), content.nbytes)
             self._out.write(content)
         return self._where[digest]
+
+
+def name_weights(models: Iterable[onnx.ModelProto], file: Path) -> None:
+    """Let `models` find their weights in `file`, which was renamed."""
+    for model in models:
+        for tensor in model.graph.initializer:
+            for entry in tensor.external_data:
+                if entry.key == "location":
+                    entry.value = file.name

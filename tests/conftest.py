@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -38,3 +41,76 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="no NVIDIA driver on this machine"))
+
+
+SENTENCES = (
+    "a cat walks on the grass, realistic",
+    "一只猫在草地上走，色调艳丽，过曝，静态",
+    "the red balloon 🎈 flies over Paris; naïve café",
+)
+
+
+@pytest.fixture(scope="session")
+def tokenizer_json(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer of UMT5's kind, trained on three sentences: <pad> 0, </s> 1, <unk> 2, then its pieces."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.normalizer = normalizers.NFKC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    special = ["<pad>", "</s>", "<unk>"]
+    trainer = trainers.UnigramTrainer(
+        vocab_size=200, special_tokens=special, unk_token="<unk>", show_progress=False
+    )
+    tokenizer.train_from_iterator(SENTENCES * 3, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 1)]
+    )
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    tokenizer.save(str(path))
+    return path
+
+
+@pytest.fixture(scope="session")
+def write_umt5(tokenizer_json: Path) -> Callable[..., Path]:
+    """Write a random UMT5 encoder as transformers saves one, with its tokenizer, into a folder."""
+
+    def write(folder: Path, d_model: int = 16, half: bool = False, **settings: Any) -> Path:
+        import torch
+        from safetensors.torch import save_file
+
+        config = {
+            "vocab_size": 256,
+            "d_model": d_model,
+            "d_kv": 4,
+            "d_ff": 24,
+            "num_layers": 2,
+            "num_heads": 3,
+        } | settings
+        generator = torch.Generator().manual_seed(0)
+        inner, wide = config["num_heads"] * config["d_kv"], config["d_ff"]
+        shapes: dict[str, tuple[int, ...]] = {"shared": (config["vocab_size"], d_model)}
+        for i in range(config["num_layers"]):
+            attention, forward = (f"encoder.block.{i}.layer.{part}." for part in (0, 1))
+            for name in "qkv":
+                shapes[f"{attention}SelfAttention.{name}"] = (inner, d_model)
+            shapes[f"{attention}SelfAttention.o"] = (d_model, inner)
+            shapes[f"{attention}SelfAttention.relative_attention_bias"] = (32, config["num_heads"])
+            shapes[f"{attention}layer_norm"] = shapes[f"{forward}layer_norm"] = (d_model,)
+            for name in ("wi_0", "wi_1"):
+                shapes[f"{forward}DenseReluDense.{name}"] = (wide, d_model)
+            shapes[f"{forward}DenseReluDense.wo"] = (d_model, wide)
+        shapes["encoder.final_layer_norm"] = (d_model,)
+        dtype = torch.bfloat16 if half else torch.float32
+        tensors = {
+            f"{name}.weight": (0.3 * torch.randn(shape, generator=generator)).to(dtype)
+            for name, shape in shapes.items()
+        }
+        folder.mkdir(parents=True)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        described = {"model_type": "umt5", "feed_forward_proj": "gated-gelu", **config}
+        (folder / "config.json").write_text(json.dumps(described))
+        shutil.copy(tokenizer_json, folder / "tokenizer.json")
+        return folder
+
+    return write

@@ -1,20 +1,27 @@
-"""Checkpoint folders: config.json, model.safetensors, and what a student needs around it. One strict way in.
+"""Checkpoints: a denoiser in any format of docs/checkpoints.md and what a student needs around it.
+
+One strict way in, for training and export.
+
+A folder of our own:
 
 | file | content |
 |---|---|
-| config.json | ModelConfig; official metadata keys (`METADATA_KEYS`) are dropped |
-| model.safetensors | every weight under its official key; float32, float16 or bfloat16, loaded as float32 |
+| config.json | ModelConfig; official metadata keys are dropped |
+| model.safetensors | every weight under its official key; float32, float16 or bfloat16 |
 | deployment.json | optional: `Deployment` |
 | codec.safetensors | optional: the buffers of `LinearCodec` |
 | text_encoder.safetensors | optional: `table` [words + 1, text_dim] of `VocabularyEncoder` |
+
+`python -m train.checkpoint --help` makes random checkpoints and converts between formats.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
+import logging
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -22,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -30,27 +37,39 @@ from asd_rt.config import ModelConfig, from_mapping
 from asd_rt.errors import CheckpointError, ConfigError
 from train.codec import PATCH, LinearCodec
 from train.deployment import Deployment
+from train.formats.files import (
+    CODEC,
+    CONFIG,
+    DEPLOYMENT,
+    SHARD,
+    TEXT,
+    Place,
+    digest,
+    locate,
+    read_json,
+)
+from train.formats.kinds import refuse_others, undistilled
+from train.formats.names import TABLES, bare, is_diffusers, to_official
+from train.formats.settings import contradictions, network_config
+from train.formats.shapes import Shapes, check_finite, check_shapes, listing, weight_shapes
+from train.formats.tensors import Contents, Stored, open_file, open_tensors
 from train.model import WanModel
 
-CONFIG, WEIGHTS, DEPLOYMENT = "config.json", "model.safetensors", "deployment.json"
-CODEC, TEXT = "codec.safetensors", "text_encoder.safetensors"
+WEIGHTS = "model.safetensors"
 FILES = (CONFIG, WEIGHTS, DEPLOYMENT, CODEC, TEXT)
-METADATA_KEYS = frozenset({"_class_name", "_diffusers_version", "_name_or_path", "model_type"})
-FLOAT_TYPES = ("F32", "F16", "BF16")
-MAX_LISTED = 40
-
-Shapes = dict[str, tuple[int, ...]]
+log = logging.getLogger("train.checkpoint")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Checkpoint:
-    """A checkpoint in memory, complete and checked.
+    """A checkpoint, complete and checked.
 
     Attributes:
-        name: of its folder.
-        sha256: over names and contents of all its files.
+        name: of its folder or file.
+        sha256: of a single file, that file's; of a folder, over names and contents of all its files.
         config: of the network.
-        weights: float32, official keys.
+        weights: official keys, in the type they are stored in, mapped from disk: no copy is in memory, and
+            the files must stay as they are while these are used.
         deployment: how it is meant to be run.
         codec: latents <-> frames; None = latents only.
         table: word vectors float32 [words + 1, text_dim]; None = no text encoder.
@@ -64,78 +83,124 @@ class Checkpoint:
     codec: LinearCodec | None
     table: Tensor | None
 
-    def build_model(self) -> WanModel:
-        """The network with these weights, in evaluation mode and without gradients."""
+    def build_model(self, dtype: torch.dtype = torch.float32) -> WanModel:
+        """The network with these weights, in evaluation mode and without gradients.
+
+        Args:
+            dtype: to compute in; weights stored in it stay mapped from disk, others are converted one by one.
+        """
         with torch.device("meta"):
             model = WanModel(self.config)
-        model.load_state_dict(self.weights, assign=True)
+        weights = {name: tensor.to(dtype) for name, tensor in self.weights.items()}
+        model.load_state_dict(weights, assign=True)
         return model.eval().requires_grad_(False)
 
 
-def weight_shapes(config: ModelConfig) -> Shapes:
-    """Official key -> shape of every weight of a network of `config`."""
-    with torch.device("meta"):
-        return {name: tuple(t.shape) for name, t in WanModel(config).state_dict().items()}
-
-
-def describe_checkpoint(folder: Path | str) -> Checkpoint:
-    """A checkpoint without its weights and their hash, to plan with; otherwise as `load_checkpoint`."""
-    folder = Path(folder)
-    _check_present(folder)
-    config, deployment = _read_settings(folder)
-    return Checkpoint(folder.resolve().name, "0" * 64, config, {}, deployment, None, None)
-
-
-def load_checkpoint(folder: Path | str) -> Checkpoint:
-    """Read a checkpoint folder; either all of it fits or nothing is loaded.
+def load_checkpoint(path: Path | str) -> Checkpoint:
+    """Open a checkpoint in any known format; either all of it fits or nothing is loaded.
 
     Args:
-        folder: with the files named at the top of this module.
+        path: a folder (ours, Wan2.1's, or diffusers', with or without its transformer/ subfolder), or one
+            .safetensors, .pt or .pth file.
 
     Raises:
-        CheckpointError: a file is absent or damaged, or tensors are missing, extra, misshapen, of another
-            type or not finite (all of them in one message).
+        CheckpointError: a file is absent or damaged, is something else (a LoRA, quantised, another network),
+            or tensors are missing, extra, misshapen, of another type or not finite (all in one message).
         ConfigError: config.json or deployment.json has unknown keys or impossible values.
     """
-    folder = Path(folder)
-    _check_present(folder)
-    config, deployment = _read_settings(folder)
-    weights = _read_tensors(folder / WEIGHTS, weight_shapes(config))
-    codec = table = None
-    if (folder / CODEC).exists():
-        patch = 3 * PATCH * PATCH
-        shapes = {
-            "encoder": (config.in_dim, patch),
-            "decoder": (patch, config.in_dim),
-            "ground": (patch,),
-        }
-        codec = LinearCodec(config.in_dim)
-        codec.load_state_dict(_read_tensors(folder / CODEC, shapes))
-    if (folder / TEXT).exists():
-        table = _read_tensors(folder / TEXT, {"table": (-1, config.text_dim)})["table"]
-    _check_words(folder, deployment.words, table)
-    return Checkpoint(
-        folder.resolve().name, _digest(folder), config, weights, deployment, codec, table
-    )
+    place = locate(Path(path))
+    found = _look(place)
+    config, shapes = found.config, {name: t.shape for name, t in found.stored.items()}
+    expected = weight_shapes(config)
+    types = {name: tensor.dtype for name, tensor in found.stored.items()}
+    check_shapes(str(place.path), shapes, expected, types, found.note)
+    deployment, codec, table = _read_parts(place, config)
+
+    weights = {name: found.stored[name].read() for name in expected}
+    check_finite(place.path, weights)
+    checkpoint = Checkpoint(place.name, digest(place), config, weights, deployment, codec, table)
+    _report(place, found.contents, found.origin, config)
+    return checkpoint
 
 
-def _check_present(folder: Path) -> None:
-    if not folder.is_dir():
+@dataclass(frozen=True, slots=True, eq=False)
+class _Found:
+    """What is known of a checkpoint before a weight is read.
+
+    Attributes:
+        contents: its files'.
+        stored: tensors under official keys.
+        config, origin: of the network, and where what config.json does not say came from.
+        note: what contradicts, for errors.
+    """
+
+    contents: Contents
+    stored: dict[str, Stored]
+    config: ModelConfig
+    origin: Mapping[str, str]
+    note: str
+
+
+def _look(place: Place) -> _Found:
+    contents = open_tensors(place)
+    stored = _official(place, contents)
+    shapes = {name: tensor.shape for name, tensor in stored.items()}
+    config, origin = network_config(str(place.path), place.config, shapes)
+    note = contradictions(place.config, config, shapes)
+    if place.folder is None and SHARD.search(place.path.name):
+        note += "this is one shard of several, give the folder; "
+    return _Found(contents, stored, config, origin, note)
+
+
+def describe_checkpoint(path: Path | str) -> Checkpoint:
+    """A checkpoint without its weights and their hash, to plan with; otherwise as `load_checkpoint`."""
+    place = locate(Path(path))
+    config = _look(place).config
+    deployment, codec, table = _read_parts(place, config)
+    return Checkpoint(place.name, "0" * 64, config, {}, deployment, codec, table)
+
+
+def _official(place: Place, contents: Contents) -> dict[str, Stored]:
+    """Tensors under their official keys; rotary tables are left out."""
+    tensors = {name: bare(name) for name in contents.tensors}
+    refuse_others(str(place.path), {tensors[name]: t.dtype for name, t in contents.tensors.items()})
+    translate = to_official if is_diffusers(tensors.values()) else str
+    found: dict[str, Stored] = {}
+    origin: dict[str, str] = {}
+    twice = []
+    for name, tensor in contents.tensors.items():
+        key = translate(tensors[name])
+        if TABLES.fullmatch(key):
+            continue
+        if key in found:
+            twice.append(f"{origin[key]} and {name}")
+        found[key], origin[key] = tensor, name
+    if twice:
         raise CheckpointError(
-            f"{folder}: no such folder; a checkpoint is a folder with {CONFIG} and {WEIGHTS}"
+            f"{place.path}: {len(twice)} tensors twice, under two names: {listing(twice)}; "
+            "save one network alone"
         )
-    absent = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
-    if absent:
-        raise CheckpointError(
-            f"{folder}: {' and '.join(absent)} missing; a checkpoint is {CONFIG} and {WEIGHTS}"
-        )
+    return found
 
 
-def _read_settings(folder: Path) -> tuple[ModelConfig, Deployment]:
-    values = _read_json(folder / CONFIG)
-    values = {name: value for name, value in values.items() if name not in METADATA_KEYS}
-    config = from_mapping(ModelConfig, values, str(folder / CONFIG))
-    return config, _read_deployment(folder, config)
+def _report(
+    place: Place, contents: Contents, origin: Mapping[str, str], config: ModelConfig
+) -> None:
+    """Say what had to be chosen, and what the file says against itself."""
+    if contents.inside:
+        log.info("%s: weights of %s", place.path, ".".join(contents.inside))
+    if place.config is None:
+        told = ", ".join(f"{name} {getattr(config, name)} ({why})" for name, why in origin.items())
+        log.info("%s: no config.json: %s", place.path, told)
+    names = [place.name, *(path.name for path in place.weights)]
+    word = undistilled([*names, *contents.notes])
+    if word is not None:
+        log.warning(
+            "%s: says %r: ODE-initialised, not yet distilled; videos will be blurred, distil it first "
+            "or use the distilled file",
+            place.path,
+            word,
+        )
 
 
 def save_checkpoint(
@@ -169,10 +234,10 @@ def save_checkpoint(
     stored = {
         name: weights[name].detach().to(dtype).contiguous().clone() for name in sorted(weights)
     }
-    _check_shapes(
+    check_shapes(
         f"{folder / WEIGHTS}", {k: tuple(t.shape) for k, t in stored.items()}, weight_shapes(config)
     )
-    _check_finite(folder / WEIGHTS, stored)
+    check_finite(folder / WEIGHTS, stored)
     temporary = None
     try:
         temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
@@ -218,29 +283,43 @@ def _swap_in(new: Path, folder: Path) -> None:
     shutil.rmtree(old)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON ({error})") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, found {type(values).__name__}")
-    return values
-
-
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
 
 
-def _read_deployment(folder: Path, config: ModelConfig) -> Deployment:
+def _read_parts(
+    place: Place, config: ModelConfig
+) -> tuple[Deployment, LinearCodec | None, Tensor | None]:
+    """What lies around the weights of our own folders."""
+    folder = place.folder
+    if folder is None:
+        return _read_deployment(place.path.parent, config, given=False), None, None
+    deployment = _read_deployment(folder, config)
+    codec = table = None
+    if (folder / CODEC).exists():
+        patch = 3 * PATCH * PATCH
+        shapes = {
+            "encoder": (config.in_dim, patch),
+            "decoder": (patch, config.in_dim),
+            "ground": (patch,),
+        }
+        codec = LinearCodec(config.in_dim)
+        codec.load_state_dict(_read_tensors(folder / CODEC, shapes))
+    if (folder / TEXT).exists():
+        table = _read_tensors(folder / TEXT, {"table": (-1, config.text_dim)})["table"]
+    _check_words(folder, deployment.words, table)
+    return deployment, codec, table
+
+
+def _read_deployment(folder: Path, config: ModelConfig, given: bool = True) -> Deployment:
     """deployment.json over the window and sink of config.json over the defaults."""
     values: dict[str, Any] = {
         "window_frames": max(0, config.local_attn_size),
         "sink_frames": config.sink_size,
     }
     path = folder / DEPLOYMENT
-    if path.exists():
-        values |= _read_json(path)
+    if given and path.exists():
+        values |= read_json(path)
     try:
         return from_mapping(Deployment, values, str(path))
     except ConfigError as error:
@@ -253,55 +332,13 @@ def _read_deployment(folder: Path, config: ModelConfig) -> Deployment:
 
 
 def _read_tensors(path: Path, expected: Shapes) -> dict[str, Tensor]:
-    """All tensors of a safetensors file as float32; -1 in an expected shape stands for any size."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            found = {name: tuple(s.get_shape()) for name, s in slices.items()}
-            types = {name: s.get_dtype() for name, s in slices.items()}
-            _check_shapes(str(path), found, expected, types)
-            tensors = {name: file.get_tensor(name).to(torch.float32) for name in expected}
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{path}: not a readable safetensors file, perhaps cut short ({error}); copy or download it again"
-        ) from error
-    _check_finite(path, tensors)
+    """All tensors of a small file as float32; -1 in an expected shape stands for any size."""
+    stored = open_file(path).tensors
+    found = {name: tensor.shape for name, tensor in stored.items()}
+    check_shapes(str(path), found, expected, {name: t.dtype for name, t in stored.items()})
+    tensors = {name: stored[name].read().to(torch.float32) for name in expected}
+    check_finite(path, tensors)
     return tensors
-
-
-def _check_shapes(
-    where: str, found: Shapes, expected: Shapes, types: Mapping[str, str] | None = None
-) -> None:
-    """Raise one CheckpointError that lists every missing, extra, misshapen or wrongly typed tensor."""
-    problems = [f"{name} missing {list(expected[name])}" for name in expected if name not in found]
-    problems += [
-        f"{name} extra {list(shape)}" for name, shape in found.items() if name not in expected
-    ]
-    for name, shape in found.items():
-        want = expected.get(name, shape)
-        fits = len(shape) == len(want) and all(
-            w in (-1, s) for s, w in zip(shape, want, strict=True)
-        )
-        if not fits:
-            problems.append(f"{name} misshapen: expected {list(want)}, found {list(shape)}")
-        elif types is not None and types[name] not in FLOAT_TYPES:
-            problems.append(
-                f"{name} of type {types[name]}: expected one of {', '.join(FLOAT_TYPES)}"
-            )
-    if problems:
-        more = [] if len(problems) <= MAX_LISTED else [f"and {len(problems) - MAX_LISTED} more"]
-        raise CheckpointError(
-            f"{where}: {len(problems)} of {len(expected)} tensors do not fit the configuration: "
-            + "; ".join(problems[:MAX_LISTED] + more)
-        )
-
-
-def _check_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    bad = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
-    if bad:
-        raise CheckpointError(
-            f"{path}: infinite or not-a-number values in {', '.join(bad[:MAX_LISTED])}"
-        )
 
 
 def _check_words(folder: Path, words: Mapping[str, int] | None, table: Tensor | None) -> None:
@@ -316,12 +353,7 @@ def _check_words(folder: Path, words: Mapping[str, int] | None, table: Tensor | 
         )
 
 
-def _digest(folder: Path) -> str:
-    """sha256 over name and sha256 of each file of the checkpoint."""
-    whole = hashlib.sha256()
-    for name in FILES:
-        path = folder / name
-        if path.exists():
-            with path.open("rb") as file:
-                whole.update(f"{name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
-    return whole.hexdigest()
+if __name__ == "__main__":
+    from train.checkpoint_command import main
+
+    sys.exit(main())

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from asd_rt.errors import BackendError
 from asd_rt.fitting import MIN_LATENT, check_fits
 from asd_rt.kv_cache import Move
-from asd_rt.manifest import Manifest, read_manifest, verify
+from asd_rt.manifest import Manifest, late_parts, read_manifest, verify
 
 FloatArray = NDArray[np.float32]
 
@@ -93,6 +93,25 @@ class Denoiser(Protocol):
         """Copies of the keys and values in `slots` (in that order), each float32 [B, tokens, H, D]."""
 
 
+class CodecStream(Protocol):
+    """One direction of the codec for one video: a step, and the feature caches that it keeps in place."""
+
+    @property
+    def frame_hw(self) -> tuple[int, int]:
+        """Rows and columns of a frame, in pixels."""
+
+    def step(self, given: FloatArray, made: FloatArray, first: bool) -> None:
+        """Run one step.
+
+        Args:
+            given: float32, contiguous: latents [1, F, C, h, w] of a decoder, frames [1, F, 3, rows, columns]
+                of an encoder.
+            made: float32, contiguous, to be filled: the other kind.
+            first: begin a video, of which this is the first frame alone; never so for a codec that is one
+                frame long.
+        """
+
+
 class Engine(Protocol):
     """An opened engine: the denoiser, the parts around it, and what they run on."""
 
@@ -112,18 +131,20 @@ class Engine(Protocol):
     def encode_prompt(self, tokens: NDArray[np.int64]) -> FloatArray:
         """Token ids [B, text_len] -> context [B, text_len, text_dim]."""
 
-    def decode(self, latents: FloatArray) -> FloatArray:
-        """Latents [B, F, C, h, w] -> frames [B, F, 3, rows, columns] in -1..1, float32."""
+    def codec_stream(self, part: str, latent_hw: tuple[int, int]) -> CodecStream:
+        """The part "decoder" or "encoder" for one video with latents of this size.
 
-    def encode(self, frames: FloatArray) -> FloatArray:
-        """Frames [B, F, 3, rows, columns] in -1..1 -> latents [B, F, C, h, w], float32."""
+        Raises:
+            EngineError: the engine has no such part.
+            BackendError: it is fixed to another size.
+        """
 
     def close(self) -> None:
         """Release everything; an engine is of no use afterwards. May be called twice."""
 
 
 def open_backend(path: str | Path, threads: int | None = None) -> Engine:
-    """Open an engine with the backend that its manifest names, after checking every file's hash.
+    """Open an engine with the backend that its manifest names, after checking its files' hashes.
 
     Args:
         path: the engine file; its manifest lies beside it.
@@ -138,7 +159,7 @@ def open_backend(path: str | Path, threads: int | None = None) -> Engine:
     manifest = read_manifest(engine)
     # The least that it will ever need; what a video needs is checked when one is asked for.
     check_fits(engine, manifest, 1, manifest.latent_hw or (MIN_LATENT, MIN_LATENT))
-    verify(engine, manifest)
+    verify(engine, manifest, skip=late_parts(manifest))
     if manifest.backend == "onnx":
         from asd_rt.backends import ort
 

@@ -1,4 +1,4 @@
-"""OpenVINO for the passes of a bf16 engine: bfloat16 where the processor can (AMX, AVX-512 BF16).
+"""OpenVINO for the passes of bf16 and large int8 engines: bfloat16 where the processor can (AMX, AVX-512).
 
 Its own runtime, not ONNX Runtime's plugin of it: that copies every input to memory of its own when it is
 bound, so a cache in place is not possible. `OpenVinoSession` has what the backend needs of an ONNX Runtime
@@ -40,8 +40,8 @@ def import_openvino() -> ModuleType:
         import openvino
     except ImportError as error:
         raise BackendError(
-            f"a bf16 engine runs on OpenVINO, which cannot be imported ({error}); {INSTALL}, or build the "
-            "engine with --precision fp32"
+            f"this engine runs on OpenVINO, which cannot be imported ({error}); {INSTALL}, or "
+            "build the engine with --precision fp32"
         ) from error
     module: ModuleType = openvino
     return module
@@ -83,6 +83,29 @@ def _tensor(openvino: ModuleType, array: NDArray[Any]) -> Any:
     return openvino.Tensor(array, shared_memory=True)
 
 
+def keep_keys_whole(openvino: ModuleType, model: Any) -> None:
+    """Let products with keys read them channels last, instead of turning all cached keys around first.
+
+    Of attention over 10,000 tokens, turning [1, S, H, D] to [1, H, D, S] took a quarter of the time; to
+    [1, H, S, D] it is a copy of whole rows.
+    """
+    operators = openvino.opset13
+    for product in model.get_ordered_ops():
+        if product.get_type_name() != "MatMul" or product.get_attributes()["transpose_b"]:
+            continue
+        turn = product.input_value(1).get_node()
+        if turn.get_type_name() != "Transpose":
+            continue
+        order = turn.input_value(1).get_node()
+        if order.get_type_name() != "Constant" or order.get_data().tolist() != [0, 2, 3, 1]:
+            continue
+        whole = operators.transpose(turn.input_value(0), np.array([0, 2, 1, 3], np.int64))
+        first = product.get_attributes()["transpose_a"]
+        other = operators.matmul(product.input_value(0), whole, first, True)
+        other.set_friendly_name(product.get_friendly_name())
+        product.output(0).replace(other.output(0))
+
+
 class OpenVinoSession:
     """One graph, compiled for the CPU.
 
@@ -109,6 +132,7 @@ class OpenVinoSession:
             for name, spec in part.inputs.items()
         }
         model.reshape(shapes)
+        keep_keys_whole(self._openvino, model)
         if large:
             keep_weights_half(self._openvino, model)
         self._halved = {

@@ -1,6 +1,6 @@
 """ONNX Runtime backend: the sessions of an engine's parts. The denoiser's buffers: ort_denoiser.py.
 
-The passes of a bf16 engine, which ONNX Runtime cannot compute on a CPU, run on OpenVINO instead.
+The passes of some engines run on OpenVINO instead: ONNX Runtime computes no bfloat16 on a CPU.
 """
 
 from __future__ import annotations
@@ -15,15 +15,20 @@ from numpy.typing import NDArray
 
 from asd_rt.backends.base import FloatArray
 from asd_rt.backends.openvino import NAME, OpenVinoSession, import_openvino
+from asd_rt.backends.ort_codec import OrtCodecStream
 from asd_rt.backends.ort_denoiser import OrtDenoiser, run_errors
+from asd_rt.decoding import has_large_codec
 from asd_rt.errors import BackendError, EngineError
 from asd_rt.machine import instruction_sets, usable_cores
-from asd_rt.manifest import REBUILD, Manifest, TensorSpec, part_path
+from asd_rt.manifest import REBUILD, Manifest, TensorSpec, late_parts, part_path
+from asd_rt.manifest_schema import CODEC_GRAPHS
 from asd_rt.planner import is_large
 
 CPU_PROVIDER = "CPUExecutionProvider"
 INSTALL = "pip install 'asd-rt[cpu]'"
 SMALL_BYTES = 16 << 20  # of an engine's weights
+SMALL_CODEC_BYTES = 1 << 20  # its convolutions do more with a weight
+_LATE = ("joined", "encoder_first", "encoder", "weights", "codec_weights")  # or never
 _PASSES = ("denoiser", "joined")  # the parts that run all the time
 _log = logging.getLogger(__name__)
 
@@ -45,14 +50,15 @@ def open_engine(
     """
     if threads is not None and (isinstance(threads, bool) or threads < 1):
         raise BackendError(f"threads must be a whole number >= 1, found {threads!r}")
-    ort = _import_onnxruntime()
-    if manifest.precision == "bf16":
+    ort = import_onnxruntime()
+    if manifest.runtime == "openvino":
         import_openvino()
         if not {"amx_bf16", "avx512_bf16"} & set(instruction_sets()):
             _log.warning(
-                "%s: this processor has no bfloat16 instructions, so a bf16 engine runs in float32, slowly; "
+                "%s: this processor has no bfloat16 instructions, so a %s engine runs in float32, slowly; "
                 "an fp32 engine is faster here",
                 path,
+                manifest.precision,
             )
     if provider not in ort.get_available_providers():
         raise BackendError(
@@ -62,7 +68,7 @@ def open_engine(
     return OrtEngine(path, manifest, threads or usable_cores(), provider)
 
 
-def _import_onnxruntime() -> Any:
+def import_onnxruntime() -> Any:
     try:
         import onnxruntime
     except ImportError as error:
@@ -104,16 +110,18 @@ class OrtEngine:
         self.provider = provider
         self._sessions: dict[tuple[str, tuple[int, ...]], Any] = {}
         self._closed = False
+        # ONNX Runtime 1.31 and 1.32 refuse some int8 products with a bias otherwise.
+        self._unwanted_optimizers = ["MatMulAddFusion"] if manifest.precision == "int8" else []
         weights = part_path(path, manifest, "weights") if "weights" in manifest.parts else path
         self._is_small = weights.stat().st_size < SMALL_BYTES
         # OpenVINO is faster at fixed sizes by a third. A window has few; without one they are too many.
-        self._on_openvino = manifest.precision == "bf16"
+        self._on_openvino = manifest.runtime == "openvino"
         # A large network cannot be held once for every size; its products are large at any.
         self._is_large = is_large(manifest.model)
         windowed = bool(manifest.cache.window_frames)
         self._fixes_sizes = self._on_openvino and windowed and not self._is_large
         for part in manifest.parts:
-            late = ("encoder", "joined", "weights", *_PASSES[: self._fixes_sizes])
+            late = (*_LATE, *_PASSES[: self._fixes_sizes], *late_parts(manifest))
             if self._is_large:
                 late += ("prompt",)
             if part not in late:
@@ -122,7 +130,7 @@ class OrtEngine:
 
     @property
     def device(self) -> str:
-        name = f"{NAME} bf16" if self._on_openvino else self.provider
+        name = f"{NAME} {self.manifest.precision}" if self._on_openvino else self.provider
         return f"{name}, {self.threads} {'thread' if self.threads == 1 else 'threads'}"
 
     def session(self, part: str, sizes: Mapping[str, int] | None = None) -> Any:
@@ -150,13 +158,16 @@ class OrtEngine:
         if self._closed:
             raise BackendError(f"{self.path}: the engine is closed; open it again with asd_rt.open")
         file, spec = part_path(self.path, self.manifest, part), self.manifest.parts[part]
-        ort, on_openvino = _import_onnxruntime(), self._on_openvino and part in _PASSES
+        ort, on_openvino = import_onnxruntime(), self._on_openvino and part in _PASSES
         try:
             if on_openvino:
                 _log.info("compiling %s for %s", file, dict(fixed) or "any size")
                 return OpenVinoSession(file, spec, self.threads, fixed, self._is_large)
             session = ort.InferenceSession(
-                str(file), self._options(ort, part), providers=[self.provider]
+                str(file),
+                self._options(ort, part),
+                providers=[self.provider],
+                disabled_optimizers=self._unwanted_optimizers,
             )
         except (
             Exception
@@ -188,13 +199,20 @@ class OrtEngine:
         options.log_severity_level = 4  # what goes wrong is raised, and said once
         options.intra_op_num_threads = self.threads
         options.inter_op_num_threads = 1
+        if (
+            part in CODEC_GRAPHS
+        ):  # else new caches are cut last, and all that they are cut from waits for it
+            options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
+            options.enable_cpu_mem_arena = not has_large_codec(self.manifest)
         # Threads that wait actively between two calls of one part take the cores from another part:
         # those of the passes wait within a call only, those of small parts never.
         if part in _PASSES:
             options.add_session_config_entry("session.force_spinning_stop", "1")
         else:
             options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-            if self._is_small:  # to wake threads takes longer than the part
+            codec = self.manifest.parts.get("codec_weights") if part in CODEC_GRAPHS else None
+            is_small = self._is_small if codec is None else codec.bytes < SMALL_CODEC_BYTES
+            if is_small:  # to wake threads takes longer than the part
                 options.intra_op_num_threads = 1
         return options
 
@@ -208,11 +226,9 @@ class OrtEngine:
     def encode_prompt(self, tokens: NDArray[np.int64]) -> FloatArray:
         return self.run_part("text", "context", tokens=tokens)
 
-    def decode(self, latents: FloatArray) -> FloatArray:
-        return self.run_part("decoder", "frames", latents=latents)
-
-    def encode(self, frames: FloatArray) -> FloatArray:
-        return self.run_part("encoder", "latents", frames=frames)
+    def codec_stream(self, part: str, latent_hw: tuple[int, int]) -> OrtCodecStream:
+        part_path(self.path, self.manifest, part)  # raises where there is none
+        return OrtCodecStream(self.path, self.manifest, part, latent_hw, self.session)
 
     def close(self) -> None:
         self._closed = True

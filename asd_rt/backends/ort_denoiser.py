@@ -111,7 +111,7 @@ class OrtDenoiser:
                 f"ONNX Runtime, found {dtype}; build an fp32 engine: {REBUILD} --precision fp32"
             )
         # OpenVINO keeps keys and values in bfloat16.
-        self._bf16 = manifest.precision == "bf16"
+        self._bf16 = manifest.runtime == "openvino"
         self._kv_dtype: Any = np.uint16 if self._bf16 else _KV_DTYPES[dtype]
         self._layers = range(manifest.model.num_layers)
         self._modulations: dict[float, FloatArray] = {}

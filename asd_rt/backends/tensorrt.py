@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from asd_rt.backends.base import FloatArray
 from asd_rt.backends.cuda import Binding, Cuda, DeviceArray, import_cuda, present_gpu
+from asd_rt.backends.tensorrt_codec import TrtCodecStream
 from asd_rt.errors import BackendError, EngineError
 from asd_rt.kv_cache import Move
 from asd_rt.manifest import Manifest, manifest_path, part_path
@@ -126,6 +127,7 @@ class TrtEngine:
         self.device = f"{trt.__name__} {trt.__version__}, {gpu}"
         self._runtime = trt.Runtime(_logger(trt))
         self._parts: dict[str, TrtPart] = {}
+        self._streams: dict[tuple[str, tuple[int, int]], TrtCodecStream] = {}
         self._closed = False
         self.denoiser = TrtDenoiser(self)
 
@@ -154,15 +156,17 @@ class TrtEngine:
     def encode_prompt(self, tokens: NDArray[np.int64]) -> FloatArray:
         return self._run_host("text", "tokens", "context", tokens)
 
-    def decode(self, latents: FloatArray) -> FloatArray:
-        return self._run_host("decoder", "latents", "frames", latents)
-
-    def encode(self, frames: FloatArray) -> FloatArray:
-        return self._run_host("encoder", "frames", "latents", frames)
+    def codec_stream(self, part: str, latent_hw: tuple[int, int]) -> TrtCodecStream:
+        part_path(self.path, self.manifest, part)  # raises where there is none
+        key = (part, latent_hw)
+        if key not in self._streams:
+            self._streams[key] = TrtCodecStream(self, part, latent_hw)
+        return self._streams[key]
 
     def close(self) -> None:
         self._closed = True
         self._parts.clear()
+        self._streams.clear()
         self.cuda.close()
 
 

@@ -99,16 +99,27 @@ def _onnxruntime(problem: Any) -> dict[str, Any]:
         return {"version": None, "providers": []}
 
 
+def _runtime(engine: Path) -> str:
+    """What an engine's passes run on; nothing where its manifest cannot be read."""
+    try:
+        return read_manifest(engine).runtime
+    except AsdError:
+        return ""
+
+
 def _openvino(problem: Any) -> dict[str, Any]:
-    """What computes the passes of bf16 engines, and in which type this processor does."""
+    """What computes the passes of bf16 and large int8 engines, and in which type this processor does."""
     version = _version("openvino")
     fast = [name for name in machine.instruction_sets() if name in ("amx_bf16", "avx512_bf16")]
-    needed = any(path.stem.endswith("bf16") for path in list_engines(ENGINES_DIR))
+    needed = any(_runtime(path) == "openvino" for path in list_engines(ENGINES_DIR))
     if version is None and needed:
-        problem(f"./{ENGINES_DIR} has a bf16 engine, but OpenVINO is not installed", INSTALL_CPU)
+        problem(
+            f"./{ENGINES_DIR} has an engine that needs it, but OpenVINO is not installed",
+            INSTALL_CPU,
+        )
     if version is not None and needed and not fast:
         problem(
-            "this processor has no bfloat16 instructions: bf16 engines run in float32, slowly",
+            "this processor has no bfloat16 instructions: engines for OpenVINO compute in float32, slowly",
             "use an fp32 engine",
         )
     return {"version": version, "bf16_with": fast}

@@ -117,7 +117,7 @@ def _text(document: dict[str, Any], manifest: Manifest, problems: dict[str, str 
             "plan",
             f"{plan['first_steps']} steps, then {plan['steps']}; shift {manifest.timestep_shift:g}",
         ),
-        ("video", f"{manifest.fps} frames a second, shown {manifest.display_scale} times as large"),
+        ("video", _video(manifest)),
         ("prompts", _prompts(manifest)),
         ("checkpoint", " ".join(_flatten(manifest.checkpoint))),
         ("tools", ", ".join(f"{name} {version}" for name, version in manifest.tools.items())),
@@ -129,9 +129,22 @@ def _text(document: dict[str, Any], manifest: Manifest, problems: dict[str, str 
     return f"{table(rows)}\n\n{memory_text(document['memory'])}"
 
 
+def _video(manifest: Manifest) -> str:
+    codec = manifest.codec
+    if codec is None:
+        return "none: makes latents (asd-rt replay)"
+    shown = f"{manifest.fps} frames a second, shown {manifest.display_scale} times as large"
+    if codec["temporal"] > 1:
+        shown += f", {codec['temporal']} for each latent frame but the first"
+    source = f" {codec['name']} {codec['precision']}" if "name" in codec else ""
+    return f"{shown}; {codec['kind']} codec{source}, {codec['spatial']} pixels a latent pixel"
+
+
 def _prompts(manifest: Manifest) -> str:
     if manifest.tokenizer is None:
-        return "none: takes embeddings (asd-rt replay)"
+        return "none: takes embeddings (--prompt-embeds)"
+    if manifest.tokenizer["kind"] == "umt5":
+        return f"UMT5, at most {manifest.tokenizer['max_tokens']} tokens that count"
     return f"{len(manifest.tokenizer['words'])} words, at most {manifest.model.text_len} that count"
 
 

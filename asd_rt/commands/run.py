@@ -18,13 +18,16 @@ from asd_rt.commands.common import (
     add_plan,
     find_engine,
 )
+from asd_rt.decoding import block_frame_count, temporal_factor
+from asd_rt.embeddings import Embeddings, read_embeddings
 from asd_rt.frame_loop import Block
 from asd_rt.kv_cache import FrameSlots
 from asd_rt.noise import MAX_SEED
 from asd_rt.plan import count_blocks
 from asd_rt.progress import Progress
-from asd_rt.session import Session, open_session
+from asd_rt.session import FloatArray, Session, open_session
 from asd_rt.video import check_output, open_writer
+from asd_rt.video_thread import ThreadedWriter
 
 HELP = "generate a video from a prompt"
 EXAMPLES = """examples:
@@ -34,6 +37,7 @@ EXAMPLES = """examples:
   asd-rt run --prompt "a white two moving left" --fps 100 --json
   asd-rt run --engine engines/asd_fp32.onnx --prompt "a white two moving left" --out frames/
   asd-rt run --prompt "a pink nine moving up" --out - | mpv -
+  asd-rt run --engine engines/asd_fp16.plan --prompt-embeds prompts.safetensors --prompt-index 2
 """
 MAX_SCALE = 64
 
@@ -41,8 +45,22 @@ MAX_SCALE = 64
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `run`."""
     add_engine(parser)
-    parser.add_argument("--prompt", required=True, metavar="TEXT", help="what to show")
-    parser.add_argument("--frames", metavar="N", help="latent frames (default: 48)")
+    shown = parser.add_mutually_exclusive_group(required=True)
+    shown.add_argument("--prompt", metavar="TEXT", help="what to show")
+    shown.add_argument(
+        "--prompt-embeds",
+        metavar="FILE",
+        help="the same as embeddings, made by asd-rt encode; needs no text encoder",
+    )
+    parser.add_argument(
+        "--prompt-index", metavar="N", help="which prompt of --prompt-embeds (default: 0)"
+    )
+    parser.add_argument(
+        "--frames",
+        metavar="N",
+        help="latent frames (default: 48); an engine whose decoder is 4 frames long shows 4 for each but the "
+        "first",
+    )
     parser.add_argument(
         "--seed", metavar="N", default="0", help="same seed, same video (default: 0)"
     )
@@ -75,17 +93,32 @@ def execute(args: argparse.Namespace) -> Outcome:
     threads = problems.integer("--threads", args.threads, 1)
     scale = problems.integer("--scale", args.scale, 1, MAX_SCALE)
     deadline = problems.deadline(args)
+    index = problems.integer("--prompt-index", args.prompt_index, 0)
+    if index is not None and args.prompt_embeds is None:
+        problems.usage("--prompt-index chooses from --prompt-embeds; name its file")
     if args.json and args.out == "-":
         problems.usage("--json and --out - both write to stdout; write the video to a file")
     with problems.collect():
         check_output(args.out)
+    embeds: Embeddings | None = None
+    if args.prompt_embeds is not None:
+        with problems.collect():
+            embeds = read_embeddings(args.prompt_embeds, "--prompt-embeds")
     found = find_engine(problems, args.engine)
     if found:
         path, manifest = found
         frames = frames or default_frames(manifest)
+
+        def check_prompt() -> None:
+            if args.prompt is not None:
+                prompt_tokens(path, manifest, args.prompt)
+            elif embeds is not None:
+                embeds.check(manifest.model)
+                embeds.context(index or 0)
+
         for check in (
             lambda: check_can_decode(path, manifest),
-            lambda: prompt_tokens(path, manifest, args.prompt),
+            check_prompt,
             lambda: FrameSlots(manifest.cache, frames),
             lambda: make_plan(manifest, steps, first_steps, deadline.block_ms(manifest)),
         ):
@@ -98,9 +131,10 @@ def execute(args: argparse.Namespace) -> Outcome:
         open_ms = (perf_counter() - begin) * 1e3
         stream = _Stream(session, args.out, frames or 0, scale or manifest.display_scale)
         asked = deadline.arguments(manifest)
-        stream.run(args.prompt, seed=seed, steps=steps, first_steps=first_steps, **asked)
+        shown = args.prompt if embeds is None else embeds.context(index or 0)
+        stream.run(shown, seed=seed, steps=steps, first_steps=first_steps, **asked)
         document = {
-            "prompt": args.prompt,
+            "prompt": args.prompt if embeds is None else embeds.prompt(index or 0),
             "seed": seed,
             "engine": str(path),
             "precision": manifest.precision,
@@ -122,17 +156,20 @@ class _Stream:
         self._written: list[int] = []
         self._first_frame_ms = 0.0
 
-    def run(self, prompt: str, **asked: Any) -> None:
+    def run(self, prompt: str | FloatArray, **asked: Any) -> None:
         """Generate and write all blocks; of the last one, only the frames that were asked for.
 
-        `asked` is for the session's `generate`.
+        `prompt` may be its embedding; `asked` is for the session's `generate`.
         """
         manifest = self._session.manifest
-        size = manifest.cache.block_frames
+        size, temporal = manifest.cache.block_frames, temporal_factor(manifest)
         begin = perf_counter()
-        blocks = self._session.generate(prompt, frames=self._frames, **asked)
+        if isinstance(prompt, str):
+            blocks = self._session.generate(prompt, frames=self._frames, **asked)
+        else:
+            blocks = self._session.generate_from(prompt, frames=self._frames, **asked)
         with (
-            open_writer(self._out, manifest.fps) as writer,
+            ThreadedWriter(open_writer(self._out, manifest.fps)) as writer,
             Progress("blocks", count_blocks(self._frames, size)) as progress,
         ):
             for block in blocks:
@@ -141,7 +178,8 @@ class _Stream:
                 frames, block.frames = block.frames, None
                 if frames is None:
                     continue
-                wanted = min(size, self._frames - block.first_frame) * len(frames) // size
+                latent = min(size, self._frames - block.first_frame)
+                wanted = block_frame_count(temporal, block.first_frame, latent)
                 frames = frames[:wanted]
                 if self._scale > 1:
                     frames = frames.repeat(self._scale, axis=1).repeat(self._scale, axis=2)
@@ -157,6 +195,7 @@ class _Stream:
         decode_ms = sum(block.decode_ms or 0.0 for block in self._blocks)
         return {
             "frames": frames,
+            "latent_frames": self._frames,
             "steps": [block.steps for block in self._blocks],
             "time_to_first_frame_ms": round(self._first_frame_ms, 3),
             "fps_with_decode": round(1e3 * frames / whole_ms, 2),

@@ -55,7 +55,7 @@ class TestEngine:
     @pytest.mark.parametrize(
         ("change", "word"),
         [
-            ({"format_version": 3}, "format_version"),
+            ({"format_version": 99}, "format_version"),
             ({"surprise": 1}, "surprise"),
             ({"model": {"dim": 3}}, "model"),
             ({"precision": "fp13"}, "precision"),
@@ -216,6 +216,12 @@ class TestCheckpoint:
         result = self.build(module, student, out, **changes)
         names = ("blocks.0.ffn.0.bias", "blocks.0.ffn.9.bias", "head.head.bias")
         refused(result, 1, *names, where=out)
+
+    def test_pickled_code(self, module: Run, refused: Run, out: Path, tmp_path: Path) -> None:
+        path = tmp_path / "wan.pt"
+        path.write_bytes(b"cposix\nmkdir\n(V" + str(out / "pwned").encode() + b"\ntR.")
+        result = module("export.build", "--checkpoint", path, "--target", "onnx", "--out", out)
+        refused(result, 1, "wan.pt", "pickled code (posix.mkdir)", where=out)
 
     def test_absent(self, module: Run, refused: Run, out: Path) -> None:
         words = ("--checkpoint", out / "none", "--steps", "1", "--target", "onnx", "--out", out)

@@ -135,7 +135,7 @@ def test_latency_and_contact_sheet(module: Callable[..., Any], engine: Path, out
 
 @pytest.mark.parametrize(
     "words",
-    [(), ("run",), ("bench",), ("replay",), ("inspect",), ("doctor",)],
+    [(), ("run",), ("encode",), ("bench",), ("replay",), ("inspect",), ("doctor",)],
     ids=lambda w: "-".join(w),
 )
 def test_help_shows_examples(asd_rt: Callable[..., Any], words: tuple[str, ...]) -> None:

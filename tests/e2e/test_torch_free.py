@@ -16,7 +16,7 @@ import pytest
 PROMPT = "a red three moving right"
 NOT_NEEDED = (
     *("torch", "train", "export", "onnx", "onnxscript", "scipy", "sklearn", "matplotlib"),
-    *("PIL", "tqdm"),
+    *("PIL", "tqdm", "transformers", "tokenizers", "ftfy"),
 )
 COLD_START_S = 5.0
 

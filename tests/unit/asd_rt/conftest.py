@@ -250,6 +250,80 @@ def _decoder(path: Path) -> Part:
     )
 
 
+def _write_stream_codec(folder: Path) -> dict[str, Part]:
+    """A codec of 2 frames a latent frame that remembers one: see `whole_decode` and `whole_encode`."""
+    parts, size = {}, ("h", "w")
+    for first in (True, False):
+        g = _Graph()
+        inputs, count = {"latents": f32(1, 1 if first else "F", 2, *size)}, "2F"
+        pairs, kept = "latents", "latents"
+        if not first:
+            inputs["state.0"] = f32(1, 1, 2, *size)
+            whole = g("Concat", "state.0", "latents", axis=1)
+            before, kept = _cut(g, whole, 0, -1), _cut(g, whole, -1, BIG)
+            both = [g("Unsqueeze", x, g.const([2], np.int64)) for x in (before, "latents")]
+            mean = g("Mul", g("Add", *both), g.const(0.5))
+            pairs = g("Reshape", g("Concat", mean, both[1], axis=2), _pair_shape(g, "latents", 2))
+        g("Identity", kept, out="new_state.0")
+        pixels = g("MatMul", g("Transpose", pairs, perm=[0, 1, 3, 4, 2]), g.const(W_PIXEL))
+        g("Transpose", g("Tanh", pixels), perm=[0, 1, 4, 2, 3], out="frames")
+        outputs = {
+            "frames": f32(1, 1 if first else count, 3, *size),
+            "new_state.0": f32(1, 1, 2, *size),
+        }
+        name = "decoder_first" if first else "decoder"
+        parts[name] = g.save(folder / f"toy_fp32.{name}.onnx", inputs, outputs)
+
+        g = _Graph()
+        inputs = {"frames": f32(1, 1 if first else count, 3, *size)}
+        mixed, kept = "frames", "frames"
+        if not first:
+            inputs["state.0"] = f32(1, 1, 3, *size)
+            whole = g("Concat", "state.0", "frames", axis=1)
+            kept = _cut(g, whole, -1, BIG)
+            taps = [_cut(g, whole, 0, -1, 2), _cut(g, whole, 1, BIG, 2), _cut(g, whole, 2, BIG, 2)]
+            scaled = [g("Mul", x, g.const(2.0**i)) for i, x in enumerate(taps)]
+            mixed = g("Sum", *scaled)
+        g("Identity", kept, out="new_state.0")
+        y = g("MatMul", g("Transpose", mixed, perm=[0, 1, 3, 4, 2]), g.const(W_PIXEL.T))
+        g("Transpose", y, perm=[0, 1, 4, 2, 3], out="latents")
+        outputs = {
+            "latents": f32(1, 1 if first else "F", 2, *size),
+            "new_state.0": f32(1, 1, 3, *size),
+        }
+        name = "encoder_first" if first else "encoder"
+        parts[name] = g.save(folder / f"toy_fp32.{name}.onnx", inputs, outputs)
+    return parts
+
+
+BIG = 2**31
+
+
+def _cut(g: _Graph, x: str, start: int, end: int, step: int = 1) -> str:
+    return g("Slice", x, *(g.const([n], np.int64) for n in (start, end, 1, step)))
+
+
+def _pair_shape(g: _Graph, like: str, times: int) -> str:
+    """Shape of `like` with `times` as many frames."""
+    return g("Mul", g("Shape", like), g.const([1, times, 1, 1, 1], np.int64))
+
+
+def whole_decode(latents: FloatArray) -> FloatArray:
+    """What the stream codec makes of a whole clip [1, F, 2, h, w], in numpy."""
+    pairs = [latents[:, 0]]
+    for i in range(1, latents.shape[1]):
+        pairs += [(latents[:, i - 1] + latents[:, i]) / 2, latents[:, i]]
+    return np.tanh(np.einsum("bfchw,cp->bfphw", np.stack(pairs, axis=1), W_PIXEL))
+
+
+def whole_encode(frames: FloatArray) -> FloatArray:
+    """What the stream codec makes of a whole clip [1, 1 + 2n, 3, h, w], in numpy."""
+    mixed = [frames[:, 0]]
+    for i in range(1, frames.shape[1], 2):
+        mixed.append(frames[:, i - 1] + 2 * frames[:, i] + 4 * frames[:, i + 1])
+    return np.einsum("bfphw,cp->bfchw", np.stack(mixed, axis=1), W_PIXEL)
+
+
 def build_toy(
     folder: Path, cache: CacheConfig, latent_hw: tuple[int, int] | None = LATENT_HW
 ) -> ToyEngine:
@@ -278,6 +352,7 @@ def build_toy(
         parts=parts,
         checkpoint={"name": "toy", "sha256": "0" * 64},
         tools={"onnx": onnx.__version__},
+        codec={"kind": "linear", "spatial": 1, "temporal": 1},
     )
     write_manifest(path, manifest)
     return ToyEngine(path, manifest)
@@ -294,6 +369,18 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> ToyEngine:
 def own_toy(tmp_path: Path) -> ToyEngine:
     """A toy engine that a test may spoil; no window, at most 9 frames of 3-frame blocks."""
     return build_toy(tmp_path, CacheConfig(block_frames=3, max_frames=9))
+
+
+@pytest.fixture(scope="session")
+def stream_toy(tmp_path_factory: pytest.TempPathFactory) -> ToyEngine:
+    """As `toy`, with blocks of 3 and a codec that is 2 frames long and remembers one."""
+    toy = build_toy(tmp_path_factory.mktemp("stream"), CacheConfig(block_frames=3))
+    parts = {name: part for name, part in toy.manifest.parts.items() if name != "decoder"}
+    parts |= _write_stream_codec(toy.path.parent)
+    codec = {"kind": "wan", "spatial": 1, "temporal": 2}
+    manifest = replace(toy.manifest, parts=parts, codec=codec)
+    write_manifest(toy.path, manifest)
+    return ToyEngine(toy.path, manifest)
 
 
 @pytest.fixture

@@ -112,6 +112,7 @@ def test_cache_and_prompt_are_what_is_allocated(toy, precision, batch, frames, h
     manifest = replace(
         toy.manifest,
         precision=precision,
+        runtime=planner.runtime_of("onnx", precision, toy.manifest.model),
         cache=cache,
         latent_hw=None,
         parts={**toy.manifest.parts, "denoiser": free},

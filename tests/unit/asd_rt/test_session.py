@@ -152,7 +152,7 @@ def test_an_engine_without_a_fixed_size(own_toy, respell) -> None:
 
 def test_an_engine_of_latents_only(own_toy, respell) -> None:
     parts = {k: v for k, v in own_toy.manifest.parts.items() if k not in ("text", "decoder")}
-    engine = respell(own_toy, parts=parts, tokenizer=None)
+    engine = respell(own_toy, parts=parts, tokenizer=None, codec=None)
     with asd_rt.open(engine.path) as session:
         with pytest.raises(ConfigError, match="no decoder part"):
             session.generate(PROMPT)

@@ -22,6 +22,7 @@ import pytest
 from asd_rt.backends import cuda
 from asd_rt.backends.ort import open_engine as open_ort
 from asd_rt.backends.tensorrt import open_engine
+from asd_rt.decoding import Decoder, Encoder
 from asd_rt.errors import AsdError, BackendError, EngineError
 from asd_rt.manifest import Manifest
 from asd_rt.plan import ListedPlan
@@ -226,10 +227,34 @@ def test_text_and_decoder(toy: Any, machine: Callable[..., FakeCuda]) -> None:
     tokens = np.array([[1, 2, 0, 0]])
     np.testing.assert_array_equal(engine.encode_prompt(tokens), reference.encode_prompt(tokens))
     latents = np.random.default_rng(0).standard_normal((1, 2, 2, 4, 2)).astype(np.float32)
-    np.testing.assert_array_equal(engine.decode(latents), reference.decode(latents))
+    found, expected = (Decoder(e, (4, 2)).decode(latents) for e in (engine, reference))
+    np.testing.assert_array_equal(found, expected)
     engine.close()
     with pytest.raises(BackendError, match="closed"):
-        engine.decode(latents)
+        Decoder(engine, (4, 2)).decode(latents)
+
+
+def test_a_codec_with_caches(stream_toy: Any, machine: Callable[..., FakeCuda]) -> None:
+    """Its two sets of caches swap, and stay where they are from video to video."""
+    runtime = machine()
+    engine = open_engine(stream_toy.path, as_plan(stream_toy.manifest))
+    reference = open_ort(stream_toy.path, stream_toy.manifest)
+    latents = np.random.default_rng(0).standard_normal((1, 7, 2, 4, 2)).astype(np.float32)
+    frames = np.random.default_rng(1).standard_normal((1, 7, 3, 4, 2)).astype(np.float32)
+    held = 0
+    for _ in range(2):
+        for whole in (engine, reference):
+            decoder = Decoder(whole, (4, 2))
+            made = [decoder.decode(latents[:, i : i + 3]).copy() for i in range(0, 7, 3)]
+            if whole is engine:
+                found, encoded = made, Encoder(whole, (4, 2)).encode(frames)
+        for one, other in zip(found, made, strict=True):
+            np.testing.assert_array_equal(one, other)
+        np.testing.assert_array_equal(encoded, Encoder(reference, (4, 2)).encode(frames))
+        assert held in (0, len(runtime.memory)), "a video leaves device memory behind"
+        held = len(runtime.memory)
+    engine.close()
+    assert runtime.memory == {}
 
 
 def test_other_version(toy: Any, machine: Callable[..., FakeCuda]) -> None:

@@ -40,4 +40,9 @@ def test_the_packaged_engine(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert abs(sum(row["share"] for row in report["rows"]) - 1) < 1e-6
     assert abs(sum(row["ms"] for row in report["rows"]) / report["pass_ms"] - 1) < 1e-6
     assert all(row["share"] > 0 for row in report["rows"])
+    loop = report["loop"]
+    assert loop["passes"] == 2  # one step, and the cache pass
+    assert 0 < loop["outside"] < 0.5
+    assert loop["separate_ms"] > 0 < loop["joined_ms"]
+    assert loop["moved"] == 1  # one block's worth leaves the window, and as much moves up
     assert "| linear |" in capsys.readouterr().out

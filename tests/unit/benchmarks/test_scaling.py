@@ -16,7 +16,9 @@ def test_a_long_video_on_the_packaged_engine(
     assert main(["--axis", "blocks,batch", "--blocks", "40", "--out", str(tmp_path)]) == 0
     blocks = json.loads((tmp_path / "scaling-blocks.json").read_text())
     assert len(blocks["rows"]) == 20
-    assert blocks["rows"][0]["at"] == 5  # window 12, blocks of 3: full with the fifth
+    assert blocks["rows"][0]["at"] == 7  # window 12, blocks of 3: full with the fifth, two a part
+    assert all(row["young_ms"] > 0 for row in blocks["rows"])
+    assert blocks["slope_error"] > 0
     assert blocks["rows"][-1]["at"] == 40
     batch = json.loads((tmp_path / "scaling-batch.json").read_text())
     assert [row["at"] for row in batch["rows"]] == [1, 2, 4]

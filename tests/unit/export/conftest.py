@@ -43,6 +43,15 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def bare_student(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A student that makes latents of 2 channels and has no codec."""
+    folder = tmp_path_factory.mktemp("checkpoints") / "bare"
+    torch.manual_seed(0)
+    save_checkpoint(folder, CONFIG, WanModel(CONFIG).state_dict())
+    return folder
+
+
+@pytest.fixture(scope="session")
 def built(student: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with an fp32 ONNX engine of `student`, for reading only."""
     folder = tmp_path_factory.mktemp("engines")

@@ -50,7 +50,9 @@ def test_engine_verifies_and_says_what_the_checkpoint_said(built: Path) -> None:
     path = built / "asd_fp32.onnx"
     manifest = read_manifest(path)
     verify(path, manifest)
-    assert set(manifest.parts) == set(PART_NAMES)
+    added = {"text_weights", "tokenizer", "decoder_first", "encoder_first", "codec_weights"}
+    assert set(manifest.parts) == set(PART_NAMES) - added
+    assert manifest.codec == {"kind": "linear", "spatial": 4, "temporal": 1}
     assert manifest.cache == CacheConfig(block_frames=2, window_frames=6, sink_frames=1)
     assert (manifest.latent_hw, manifest.timestep_shift, manifest.fps) == ((4, 2), 3.0, 8)
     assert manifest.default_plan == {"steps": 1, "first_steps": 4}
@@ -175,7 +177,6 @@ def test_full_disk_is_one_line(
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (("--precision", "int8"), "--precision int8"),
         (("--steps", "0"), "steps"),
         (("--steps", "5"), "steps"),
         (("--first-steps", "-1"), "first-steps"),

@@ -17,7 +17,8 @@ from asd_rt.manifest import Manifest, read_manifest, verify
 from asd_rt.plan import FixedPlan
 from export.build import main
 from export.denoiser import DenoiserPart, JoinedPart
-from export.parts import LOWERINGS, engine_parts
+from export.lowering import LOWERINGS
+from export.parts import engine_parts
 from train.checkpoint import load_checkpoint
 
 PRECISIONS = ("bf16", "fp32")
@@ -120,7 +121,8 @@ from pathlib import Path
 import torch
 from asd_rt.config import ModelConfig
 from export.onnx import export_part
-from export.parts import LOWERINGS, engine_parts
+from export.lowering import LOWERINGS
+from export.parts import engine_parts
 from export.weights import WeightsFile
 from train.checkpoint import Checkpoint
 from train.deployment import Deployment

@@ -67,13 +67,17 @@ def test_round_trip(student: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_stored_types_load_as_float32(student: Path, dtype: torch.dtype) -> None:
+def test_weights_keep_their_stored_type_and_models_are_float32(
+    student: Path, dtype: torch.dtype
+) -> None:
     path = student / "model.safetensors"
     stored = {k: v.to(dtype) for k, v in load_file(path).items()}
     save_file(stored, path)
-    weights = load_checkpoint(student).weights
-    assert all(v.dtype == torch.float32 for v in weights.values())
-    assert all(torch.equal(v, stored[k].float()) for k, v in weights.items())
+    checkpoint = load_checkpoint(student)
+    assert all(torch.equal(v, stored[k]) for k, v in checkpoint.weights.items())
+    assert all(v.dtype == dtype for v in checkpoint.weights.values())
+    model = checkpoint.build_model().state_dict()
+    assert all(torch.equal(v, stored[k].float()) for k, v in model.items())
 
 
 def test_official_keys_of_golden_folders(data: Path) -> None:

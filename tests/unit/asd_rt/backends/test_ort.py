@@ -180,21 +180,23 @@ def test_a_toy_has_no_joined_pass(toy) -> None:
 def test_a_bf16_engine_needs_openvino(toy, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "openvino", None)
     with pytest.raises(BackendError, match="pip install openvino") as error:
-        ort.open_engine(toy.path, replace(toy.manifest, precision="bf16"))
+        ort.open_engine(toy.path, replace(toy.manifest, precision="bf16", runtime="openvino"))
     assert "\n" not in str(error.value)
 
 
 def test_a_processor_without_bfloat16_is_told(toy, monkeypatch, caplog) -> None:
     pytest.importorskip("openvino")
     monkeypatch.setattr(ort, "instruction_sets", lambda: ["avx2"])
-    ort.open_engine(toy.path, replace(toy.manifest, precision="bf16"))
+    ort.open_engine(toy.path, replace(toy.manifest, precision="bf16", runtime="openvino"))
     assert "no bfloat16 instructions" in caplog.text
 
 
 def test_the_loop_on_openvino(toy) -> None:
     """The toy's passes in bfloat16, at fixed sizes and, for the empty cache, an open one."""
     pytest.importorskip("openvino")
-    engine = ort.open_engine(toy.path, replace(toy.manifest, precision="bf16"), threads=1)
+    engine = ort.open_engine(
+        toy.path, replace(toy.manifest, precision="bf16", runtime="openvino"), threads=1
+    )
     assert engine.device == "OpenVINO bf16, 1 thread"
     exact = ort.open_engine(toy.path, toy.manifest, threads=1)
     noise, context = gaussian((2, 12, 2, 4, 2), 0, 0, 0), gaussian((2, 3, 3), 1, 0, 0)

@@ -1,0 +1,50 @@
+"""A codec part as TensorRT plans: two sets of feature caches on the device that swap roles after each step.
+
+TensorRT promises nothing where an input and an output share memory, so new caches go into the other set.
+"""
+
+from __future__ import annotations
+
+from math import prod
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from asd_rt.backends.base import FloatArray
+from asd_rt.backends.cuda import Binding, DeviceArray
+from asd_rt.decoding import NEW, SIDES, STATE, frame_size, resolve_shape
+
+if TYPE_CHECKING:
+    from asd_rt.backends.tensorrt import TrtEngine
+
+
+class TrtCodecStream:
+    """See `asd_rt.backends.base.CodecStream`."""
+
+    def __init__(self, engine: TrtEngine, part: str, latent_hw: tuple[int, int]) -> None:
+        """The stream of `part` ("decoder" or "encoder")."""
+        self._engine, self._part = engine, part
+        self._input, self._output = SIDES[part]
+        self.frame_hw = frame_size(engine.manifest, part, latent_hw)
+        sizes = dict(zip("hw", latent_hw, strict=True))
+        self._specs = {
+            name: (resolve_shape(spec, sizes), np.dtype(spec.dtype).itemsize)
+            for name, spec in engine.manifest.parts[part].inputs.items()
+            if name.startswith(STATE)
+        }
+        self._given, self._made = DeviceArray(engine.cuda), DeviceArray(engine.cuda)
+        self._old = {name: DeviceArray(engine.cuda) for name in self._specs}
+        self._new = {name: DeviceArray(engine.cuda) for name in self._specs}
+
+    def step(self, given: FloatArray, made: FloatArray, first: bool) -> None:
+        part = self._engine.part(f"{self._part}_first" if first else self._part)
+        inputs: dict[str, Binding] = {self._input: self._given.put(given)}
+        outputs = {self._output: self._made.room(made.nbytes)}
+        for name, (shape, width) in self._specs.items():
+            if not first:
+                inputs[name] = (self._old[name].room(prod(shape) * width), shape)
+            outputs[NEW + name] = self._new[name].room(prod(shape) * width)
+        part.set_inputs(inputs)
+        part.run(outputs)
+        self._engine.cuda.download(made, outputs[self._output])
+        self._old, self._new = self._new, self._old
