@@ -1,6 +1,6 @@
 """A network of real size from checkpoint to one block of video: real-size.json and .md.
 
-python -m benchmarks.real_size --out out              # 1.3B at 480x832: half an hour, 16 GB, 15 GB of disk
+python -m benchmarks.real_size --out out              # 1.3B at 480x832: half an hour, 19 GB, 15 GB of disk
 python -m benchmarks.real_size --out out --layers 4 --only bf16,plan
 
 Weights are random. Every stage is a process of its own, whose time and peak memory are taken when it ends:
