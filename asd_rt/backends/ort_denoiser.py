@@ -18,6 +18,7 @@ from asd_rt.manifest import REBUILD, Manifest, manifest_path
 from asd_rt.rope import rope_table
 
 MAX_SIZES = 16  # of passes whose bindings are kept
+ROPE_AHEAD_FRAMES, ROPE_AHEAD_TOKENS = 24, 4096  # of positions computed at once
 _KV_DTYPES: dict[str, type[np.floating[Any]]] = {"float32": np.float32, "float16": np.float16}
 
 
@@ -212,14 +213,24 @@ class OrtDenoiser:
                 del self._passes[next(iter(self._passes))]
             batch = self._geometry[0]
             self._passes[key] = [self._bind(*key, item) for item in range(batch)]
-        if self._rope is None or self._rope[0] != frames:
-            hw = self._geometry[1:3]
-            self._rope = frames, rope_table(self._model.head_dim, frames, hw[0] // 2, hw[1] // 2)
-        cos, sin = self._rope[1]
         for one in self._passes[key]:
-            one.put("rope_cos", frames, lambda: cos)
-            one.put("rope_sin", frames, lambda: sin)
+            one.put("rope_cos", frames, lambda: self._rope_of(frames)[0])
+            one.put("rope_sin", frames, lambda: self._rope_of(frames)[1])
         return self._passes[key]
+
+    def _rope_of(self, frames: range) -> tuple[FloatArray, FloatArray]:
+        """Cosines and sines of these frames; small ones are computed ahead, for several blocks at once."""
+        size = self._frame_tokens
+        held = self._rope[0] if self._rope else range(0)
+        if self._rope is None or frames.start < held.start or frames.stop > held.stop:
+            _, rows, columns, _ = self._geometry or (0, 0, 0, 0)
+            count = max(len(frames), min(ROPE_AHEAD_FRAMES, ROPE_AHEAD_TOKENS // size))
+            held = range(frames.start, frames.start + count)
+            table = rope_table(self._model.head_dim, held, rows // 2, columns // 2)
+            self._rope = held, table
+        cos, sin = self._rope[1]
+        rows_of = slice((frames.start - held.start) * size, (frames.stop - held.start) * size)
+        return cos[rows_of], sin[rows_of]
 
     def _bind(self, part: str, count: int, past_frames: int, item: int) -> _Pass:
         batch, rows, columns, capacity_frames = self._geometry or (0, 0, 0, 0)
