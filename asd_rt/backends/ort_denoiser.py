@@ -92,6 +92,7 @@ class OrtDenoiser:
         tuple[int, int, int, int] | None
     )  # batch, latent rows, latent columns, capacity frames
     _rope: tuple[range, tuple[FloatArray, FloatArray]] | None
+    _context: FloatArray | None  # whose keys and values are in `_prompt`
     _passes: dict[tuple[str, int, int], list[_Pass]]  # by part, frames and past frames; one a video
     _flows: dict[int, FloatArray]  # results, by frames of a pass
     _cache: dict[str, NDArray[Any]]
@@ -154,12 +155,17 @@ class OrtDenoiser:
                 )
 
     def set_prompt(self, context: FloatArray) -> None:
+        if self._context is not None and np.array_equal(context, self._context):
+            self._has_prompt = True  # the last video's, still in place
+            return
+        self._context = None
         session = self._part_session("prompt")
         for item, one in enumerate(np.ascontiguousarray(context, np.float32)):
             with run_errors(f"{self._path}: prompt"):
                 results = session.run(list(self._prompt), {"context": one[None]})
             for buffer, result in zip(self._prompt.values(), results, strict=True):
                 buffer[item] = to_bf16(result[0]) if self._bf16 else result[0]
+        self._context = context.copy()
         self._has_prompt = True
 
     def denoise(
@@ -298,7 +304,7 @@ class OrtDenoiser:
 
     def _release_buffers(self) -> None:
         """Drop the old buffers first, so that a larger cache need not fit beside a smaller one."""
-        self._geometry = self._rope = None
+        self._geometry = self._rope = self._context = None
         self._has_prompt = False
         self._passes, self._flows, self._cache, self._prompt = {}, {}, {}, {}
 

@@ -165,6 +165,18 @@ def test_timesteps_and_prompts_are_computed_once(toy, monkeypatch) -> None:
     assert [part for part in parts if part != "denoiser"] == ["prompt", "time", "time", "time"]
     assert parts.count("denoiser") == 3  # bound once for each size of the past
 
+    with pytest.raises(BackendError, match="needs prepare and set_prompt"):
+        denoiser.prepare(1, (4, 2), 6)
+        denoiser.denoise(x, 0.0, range(2), 0)
+    held = {name: buffer.copy() for name, buffer in denoiser._prompt.items()}
+    for context, times in ((0, 1), (1, 2), (0, 3)):  # the last video's again, another, the first
+        denoiser.prepare(1, (4, 2), 6)
+        denoiser.set_prompt(gaussian((1, 4, 3), context, 0, 0))
+        assert parts.count("prompt") == times
+    denoiser.denoise(x, 0.0, range(2), 0)
+    for name, buffer in denoiser._prompt.items():
+        np.testing.assert_array_equal(buffer, held[name])
+
 
 def test_a_toy_has_no_joined_pass(toy) -> None:
     denoiser = open_backend(toy.path, threads=1).denoiser
