@@ -28,12 +28,19 @@ from train.checkpoint import load_checkpoint
 def anonymous():
     with open('/proc/self/status') as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith('RssAnon'))
-peak, done = 0, False
+peak, done, lock = 0, False, threading.Lock()
 def watch():
     global peak
     while not done:
-        peak = max(peak, anonymous())
+        with lock:
+            peak = max(peak, anonymous())
         time.sleep(0.001)
+def since(before):
+    # Peak over `before` since the last call.
+    global peak
+    with lock:
+        found, peak = max(peak, anonymous()) - before, anonymous()
+    return found
 torch.set_num_threads(1)
 load_checkpoint(sys.argv[1]).build_model()  # whatever is allocated once and for all
 watcher = threading.Thread(target=watch)
@@ -41,11 +48,12 @@ watcher.start()
 figures = []
 for path in sys.argv[2:]:
     gc.collect()
-    peak = before = anonymous()
+    before = anonymous()
+    since(before)
     checkpoint = load_checkpoint(path)
-    opened, peak = peak - before, anonymous()
+    opened = since(before)
     model = checkpoint.build_model()
-    built, peak = peak - before, anonymous()
+    built = since(before)
     model = None
     model = checkpoint.build_model(torch.bfloat16)
     figures.append({'opened': opened, 'built': built, 'mapped': anonymous() - before})
