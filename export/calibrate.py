@@ -28,16 +28,8 @@ from export.samples import latent_sizes, sample_context, sample_noise
 from train.checkpoint import Checkpoint
 from train.model import WanModel
 
-CLIPS = (
-    1.0,
-    0.9,
-    0.8,
-    0.7,
-    0.6,
-    0.5,
-    0.4,
-    0.3,
-)  # of the largest input; what lies beyond is clipped
+# Of the largest input; what lies beyond is clipped.
+CLIPS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
 PLANS = ((4, 1, 3, 2), (2, 4, 1, 3), (1, 3, 2, 4))
 log = logging.getLogger(__name__)
 
