@@ -111,6 +111,11 @@ def instruction_sets() -> list[str]:
     return [name for name in _INSTRUCTION_SETS if name in flags]
 
 
+def bf16_instructions() -> list[str]:
+    """Those that multiply matrices of bfloat16; without one such products are slower than in float32."""
+    return [name for name in instruction_sets() if name in ("amx_bf16", "avx512_bf16")]
+
+
 def total_memory_bytes() -> int | None:
     """Installed memory; None where unknown."""
     try:

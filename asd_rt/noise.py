@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from math import prod
 
 import numpy as np
@@ -41,33 +41,27 @@ def gaussian(shape: tuple[int, ...], seed: int, block: int, step: int) -> FloatA
         block: index of the block.
         step: 0 for the block's first noise, i + 1 for the fresh noise after step i.
     """
-    (noise,) = _draw(shape, seed, [(block, step)])
-    return noise
-
-
-def _draw(shape: tuple[int, ...], seed: int, keys: Sequence[Key]) -> list[FloatArray]:
-    """`gaussian` of every key."""
     count = prod(shape)
     pairs = (count + 1) // 2
-    words = np.empty((len(keys), 2 * pairs), np.uint64)
-    for row, (block, step) in zip(words, keys, strict=True):
-        row[:] = np.random.Philox(key=[seed, (block << 8) | step]).random_raw(2 * pairs)
+    words = np.random.Philox(key=[seed, (block << 8) | step]).random_raw(2 * pairs)
     words >>= np.uint64(11)
     uniform = words.astype(np.float64)
     uniform += 0.5
     uniform *= 2.0**-53
-    radius, angle = uniform[:, :pairs], uniform[:, pairs:]
+    radius, angle = uniform[:pairs], uniform[pairs:]
     np.log(radius, out=radius)
     radius *= -2.0
     np.sqrt(radius, out=radius)
+    radius *= 2.0**20
     angle *= 2.0 * np.pi
     values = np.empty_like(uniform)
-    np.multiply(np.cos(angle), radius, out=values[:, :pairs])
-    np.multiply(np.sin(angle), radius, out=values[:, pairs:])
-    values *= 2.0**20
+    np.cos(angle, out=values[:pairs])
+    np.sin(angle, out=values[pairs:])
+    values[:pairs] *= radius
+    values[pairs:] *= radius
     np.rint(values, out=values)
     values *= 2.0**-20
-    return list(values[:, :count].astype(np.float32).reshape(len(keys), *shape))
+    return values[:count].astype(np.float32).reshape(shape)
 
 
 class NoiseAhead:
@@ -90,7 +84,7 @@ class NoiseAhead:
             after = range(block + 1, min(block + self._ahead, self._last + 1))
             keys += [(later, 0) for later in after]
         if keys:
-            self._held.update(zip(keys, _draw(self._shape, self._seed, keys), strict=True))
+            self._held |= {key: gaussian(self._shape, self._seed, *key) for key in keys}
         found = {step: self._held[block, step] for step in steps}
         self._held = {key: noise for key, noise in self._held.items() if key[0] > block}
         return found

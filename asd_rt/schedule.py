@@ -74,4 +74,5 @@ def add_noise(x0: FloatArray, noise: FloatArray, sigma: float) -> FloatArray:
 
 def flow_to_x0(flow: FloatArray, x_t: FloatArray, sigma: float) -> FloatArray:
     """x0 = x_t - sigma * flow, in float64 as the reference does, cast back to float32."""
-    return (x_t.astype(np.float64) - sigma * flow.astype(np.float64)).astype(np.float32)
+    scaled = np.multiply(flow, sigma, dtype=np.float64)
+    return np.subtract(x_t, scaled, dtype=np.float64).astype(np.float32)

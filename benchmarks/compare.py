@@ -27,7 +27,7 @@ import asd_rt
 from asd_rt import timing
 from asd_rt.errors import AsdError
 from asd_rt.files import replacing
-from asd_rt.machine import usable_cores
+from asd_rt.machine import bf16_instructions, usable_cores
 from asd_rt.noise import gaussian
 from asd_rt.plan import FixedPlan
 from asd_rt.progress import Progress
@@ -45,6 +45,7 @@ from train.checkpoint import Checkpoint, load_checkpoint
 FORMAT_VERSION = 1
 REFERENCE = "eager fp32"
 PROMPT_SEED = 1
+_log = logging.getLogger(__name__)
 PRECISIONS = ("fp32", "bf16", "int8")
 
 
@@ -217,7 +218,15 @@ def make_report(args: argparse.Namespace) -> dict[str, Any]:
             if ours.engine.denoiser.can_join and not args.passes:
                 contenders.append(Contender(f"{name}, joined", Session(ours.engine, join=True)))
         torch.set_num_threads(args.threads or usable_cores())
+        # Without instructions for it, a large network in bfloat16 takes PyTorch minutes a pass.
+        slow_bf16 = bool(args.size) and not bf16_instructions()
+        if slow_bf16:
+            _log.warning(
+                "PyTorch in bfloat16 is left out: this processor has no instructions for it"
+            )
         for way in reversed(WAYS):
+            if slow_bf16 and way.dtype == torch.bfloat16:
+                continue
             if not (args.no_compile and way.compiled):
                 rival = torch_engine(checkpoint, manifest, way)
                 contenders.insert(0, Contender(way.name, Session(rival)))

@@ -110,7 +110,7 @@ def _runtime(engine: Path) -> str:
 def _openvino(problem: Any) -> dict[str, Any]:
     """What computes the passes of bf16 and large int8 engines, and in which type this processor does."""
     version = _version("openvino")
-    fast = [name for name in machine.instruction_sets() if name in ("amx_bf16", "avx512_bf16")]
+    fast = machine.bf16_instructions()
     needed = any(_runtime(path) == "openvino" for path in list_engines(ENGINES_DIR))
     if version is None and needed:
         problem(
