@@ -143,11 +143,7 @@ class FrameLoop:
             BackendError: the denoiser cannot serve these sizes.
         """
         _check(request, cache.block_frames)
-        if request.refresh.every_blocks and not cache.window_frames:
-            raise ConfigError(
-                "refresh-every: this engine's cache has no window, so it holds the whole video; leave it "
-                "out, or build the engine again with --window-frames"
-            )
+        request.refresh.check(cache)
         self._denoiser = denoiser
         self._schedule = schedule
         self._request = request

@@ -57,6 +57,14 @@ class Refresh:
                 f"refresh must be one of {', '.join(get_args(RefreshKind))}, found {self.kind!r}"
             )
 
+    def check(self, cache: CacheConfig) -> None:
+        """Raise ConfigError where a cache without a window would start over."""
+        if self.every_blocks and not cache.window_frames:
+            raise ConfigError(
+                "refresh-every: this engine's cache has no window, so it holds the whole video; leave it "
+                "out, or build the engine again with --window-frames"
+            )
+
     def due(self, number: int) -> bool:
         """Whether the cache starts over before generated block `number`."""
         return bool(self.every_blocks and number and number % self.every_blocks == 0)
