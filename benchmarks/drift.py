@@ -57,7 +57,7 @@ PLOTTED = (
 
 
 def read_refresh(text: str) -> Refresh:
-    """ "never", or KIND:BLOCKS.
+    """What "never", or KIND:BLOCKS, asks for.
 
     Raises:
         ConfigError: anything else.
@@ -152,8 +152,8 @@ def markdown(report: dict[str, Any]) -> str:
     lines = [
         "# Drift",
         "",
-        f"{report['videos']} videos of {report['blocks']} blocks, in parts of {report['part']}; right is what "
-        "the judge sees of the prompt (digit, colour, axes of motion) in every second pair of blocks.",
+        f"{report['videos']} videos of {report['blocks']} blocks, in parts of {report['part']}; right is "
+        "what the judge sees of the prompt (digit, colour, axes of motion) in every second pair of blocks.",
         "",
         "| refresh | part | all right | digit | colour | axes | bright | saturation | latents | ms | MB |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
