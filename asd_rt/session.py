@@ -40,7 +40,10 @@ _log = logging.getLogger(__name__)
 
 
 def open_session(
-    engine: str | Path | None = None, threads: int | None = None, join: bool | None = None
+    engine: str | Path | None = None,
+    threads: int | None = None,
+    join: bool | None = None,
+    device: str = "auto",
 ) -> Session:
     """Open an engine.
 
@@ -48,14 +51,14 @@ def open_session(
         engine: path of an engine file; None = the best one in ./engines, else the packaged one.
         threads: of a CPU backend; None = usable cores.
         join: run a cache pass and the first pass of the next block as one; None = what is faster here.
+        device: "cpu", "cuda" (or an error), or "auto": see `open_backend`.
 
     Raises:
         EngineError: no such engine, or it is damaged.
         BackendError: its backend is absent or cannot run here.
     """
-    return Session(
-        open_backend(best_engine() if engine is None else engine, threads), join, threads
-    )
+    path = best_engine() if engine is None else engine
+    return Session(open_backend(path, threads, device), join, threads)
 
 
 @dataclass(frozen=True)
