@@ -25,7 +25,11 @@ from train.stage import run_stage
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = ROOT / "train/configs/tiny.toml"
 STUDENT = ROOT / "train/tiny_student"
-NAMES = ("digit", "colour", "axes")  # a digit may have turned round, so only the axes of its motion count
+NAMES = (
+    "digit",
+    "colour",
+    "axes",
+)  # a digit may have turned round, so only the axes of its motion count
 
 
 @dataclass(frozen=True)
