@@ -134,7 +134,10 @@ def _is_attention(layer: Layer) -> bool:
 
 
 def _is_product(layer: Layer) -> bool:
-    return any(kind in layer.inputs and kind in layer.constants for kind in EIGHT_BITS)
+    """Two factors of 8 bits, which no conversion before the product widens ("__myl_CastMulFc_...")."""
+    factors = layer.inputs + layer.constants
+    whole = layer.kind == "gemm" or layer.name.startswith("__myl_Fc")
+    return whole and any(factors.count(kind) >= 2 for kind in EIGHT_BITS)
 
 
 def _check(

@@ -28,6 +28,7 @@ INSTALL = "pip install 'asd-rt[rtx]' for RTX cards, or TensorRT 11 from NVIDIA's
 NO_CARD_TARGETS = ("sm86", "sm89", "sm120")
 MAX_BATCH = 4
 
+_UNUSED = re.compile(r"^Unused Input: (\S+)", re.MULTILINE)  # said by the builder, not the parser
 _SM = re.compile(r"sm\d{2,3}")
 
 Range = tuple[int, int, int]
@@ -122,13 +123,9 @@ def build_plan(
         raise EngineError(
             f"{name}: {trt.__name__} cannot take this graph: {'; '.join(errors) or 'no reason given'}"
         )
+    graph = onnx.load(file, load_external_data=False).graph
     read = {network.get_input(i).name for i in range(network.num_inputs)}
-    unused = [key for key in inputs if key not in read]
-    unused += [text for _, text in logger.lines if "unused input" in text.lower()]
-    if unused:
-        raise EngineError(
-            f"{name}: Unused Input, which {trt.__name__} would ignore silently: {'; '.join(unused)}"
-        )
+    _check_unused(trt, name, graph, [key for key in inputs if key not in read])
 
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
@@ -144,8 +141,9 @@ def build_plan(
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise EngineError(f"{name}: {trt.__name__} built nothing: {_last_error(logger)}")
+    _check_unused(trt, name, graph, _UNUSED.findall("\n".join(text for _, text in logger.lines)))
     layers = read_layers(text for _, text in logger.lines)
-    proved = check_layers(name, onnx.load(file, load_external_data=False).graph, layers)
+    proved = check_layers(name, graph, layers)
     return Plan(memoryview(plan), layers, proved, perf_counter() - began)
 
 
@@ -182,6 +180,19 @@ def _logger(trt: ModuleType) -> Any:
             self.lines.append((int(severity), text))
 
     return Logger()
+
+
+def _check_unused(
+    trt: ModuleType, name: str, graph: onnx.GraphProto, unused: Sequence[str]
+) -> None:
+    """Refuse inputs that TensorRT ignores: it says so in its log at most, and computes something else."""
+    if not unused:
+        return
+    readers = ", ".join(node.name for node in graph.node if set(unused) & set(node.input))
+    raise EngineError(
+        f"{name}: Unused Input {', '.join(dict.fromkeys(unused))} (read by {readers or 'no node'}), which "
+        f"{trt.__name__} ignores; lower the graph without it"
+    )
 
 
 def _set_targets(trt: ModuleType, name: str, config: Any, gpus: Sequence[str]) -> None:
