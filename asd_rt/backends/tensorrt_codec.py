@@ -32,12 +32,17 @@ class TrtCodecStream:
             for name, spec in engine.manifest.parts[part].inputs.items()
             if name.startswith(STATE)
         }
-        self._given, self._made = DeviceArray(engine.cuda), DeviceArray(engine.cuda)
-        self._old = {name: DeviceArray(engine.cuda) for name in self._specs}
-        self._new = {name: DeviceArray(engine.cuda) for name in self._specs}
+        cuda = engine.cuda
+
+        def buffer() -> DeviceArray:
+            return DeviceArray(cuda, cuda.codec_stream)
+
+        self._given, self._made = buffer(), buffer()
+        self._old = {name: buffer() for name in self._specs}
+        self._new = {name: buffer() for name in self._specs}
 
     def step(self, given: FloatArray, made: FloatArray, first: bool) -> None:
-        part = self._engine.part(f"{self._part}_first" if first else self._part)
+        part = self._engine.part(f"{self._part}_first" if first else self._part).usual
         inputs: dict[str, Binding] = {self._input: self._given.put(given)}
         outputs = {self._output: self._made.room(made.nbytes)}
         for name, (shape, width) in self._specs.items():
@@ -45,6 +50,8 @@ class TrtCodecStream:
                 inputs[name] = (self._old[name].room(prod(shape) * width), shape)
             outputs[NEW + name] = self._new[name].room(prod(shape) * width)
         part.set_inputs(inputs)
-        part.run(outputs)
-        self._engine.cuda.download(made, outputs[self._output])
+        part.set_outputs(outputs)
+        part.run()
+        cuda = self._engine.cuda
+        cuda.download(made, outputs[self._output], cuda.codec_stream)
         self._old, self._new = self._new, self._old
