@@ -66,14 +66,17 @@ def read_layers(messages: Iterable[str]) -> tuple[Layer, ...]:
     """Layers named in the messages of a detailed build log, in order; one message may list them all."""
     lines = (line for text in messages if "LayerType: " in text for line in text.splitlines())
     found = (_FIELDS.search(line) for line in lines)
+
+    def types(match: re.Match[str], side: str) -> tuple[str, ...]:
+        return tuple(_TYPE.findall(match[side] or ""))
+
     return tuple(
         Layer(
             match["name"].strip(),
             match["type"].strip(),
-            *(
-                tuple(_TYPE.findall(match[side] or ""))
-                for side in ("inputs", "constants", "outputs")
-            ),
+            types(match, "inputs"),
+            types(match, "constants"),
+            types(match, "outputs"),
             match["tactic"].strip(),
             tuple(_ORIGIN.findall(match["origin"])),
         )
