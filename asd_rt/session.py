@@ -20,6 +20,7 @@ from asd_rt.arguments import (
     prompt_tokens,
 )
 from asd_rt.backends.base import Engine, open_backend
+from asd_rt.backends.shared import SharedEngine
 from asd_rt.costs import CostModel
 from asd_rt.deadline import DeadlinePlan
 from asd_rt.decoding import Decoder, Encoder, latent_size
@@ -101,6 +102,11 @@ class Session:
     def manifest(self) -> Manifest:
         return self._engine.manifest
 
+    @property
+    def costs(self) -> CostModel:
+        """What passes take on this machine, as far as it is known."""
+        return self._costs
+
     def __enter__(self) -> Session:
         return self
 
@@ -116,6 +122,16 @@ class Session:
         """Release the engine; may be called twice."""
         self._engine.close()
         self._text = None
+
+    def sibling(self) -> Session:
+        """Another session on this one's engine, for a video beside this one's.
+
+        It has its own KV cache and shares weights and what is known of their speed. Both may be used in turns
+        by one thread. Close it before this one.
+        """
+        other = Session(SharedEngine(self._engine), self._asked_join, self._threads)
+        other._costs = self._costs
+        return other
 
     def context(self, prompt: str) -> FloatArray:
         """Text embedding [1, tokens <= text_len, text_dim] of `prompt`.
@@ -180,6 +196,7 @@ class Session:
         first_steps: int | None = None,
         latent_hw: tuple[int, int] | None = None,
         deadline_ms: float | None = None,
+        plan: Plan | None = None,
     ) -> Iterator[Block]:
         """As `generate`, from a text embedding instead of a prompt.
 
@@ -187,6 +204,7 @@ class Session:
             context: float32 [B, tokens <= text_len, text_dim].
             seed, frames, steps, first_steps, deadline_ms: as `generate`.
             latent_hw: latent (rows, columns), for an engine that fixes none.
+            plan: in place of `steps`, `first_steps` and `deadline_ms`.
 
         Returns:
             blocks; their `frames` are None where the engine has no decoder or B is not 1.
@@ -197,7 +215,8 @@ class Session:
         self._check_context(context)
         rows, columns = self._latent_hw(latent_hw)
         shape = (context.shape[0], total, manifest.model.in_dim, rows, columns)
-        plan = make_plan(manifest, steps, first_steps, deadline_ms, self._costs)
+        if plan is None:
+            plan = make_plan(manifest, steps, first_steps, deadline_ms, self._costs)
         request = Request(context=context, shape=shape, plan=plan, seed=check_seed(seed))
         self._loop(request, join=False)  # finds all that is wrong with the request
         self._check_memory(request)

@@ -141,6 +141,9 @@ class TrtEngine:
             )
         return self._parts[name]
 
+    def new_denoiser(self) -> TrtDenoiser:
+        return TrtDenoiser(self)
+
     def _run_host(self, name: str, source: str, target: str, array: NDArray[Any]) -> FloatArray:
         """Run a part with one input and one output that live on the host."""
         part, given, made = self.part(name), DeviceArray(self.cuda), DeviceArray(self.cuda)
@@ -214,6 +217,14 @@ class TrtDenoiser:
 
     def _buffer(self, name: str) -> DeviceArray:
         return self._buffers.setdefault(name, DeviceArray(self._cuda))
+
+    def release(self) -> None:
+        self._cuda.synchronize()
+        for address in self._cache.values():
+            self._cuda.free(address)
+        for buffer in self._buffers.values():
+            buffer.release()
+        self._cache, self._buffers, self._geometry, self._prompt = {}, {}, None, {}
 
     def set_prompt(self, context: FloatArray) -> None:
         part = self._engine.part("prompt")

@@ -1,0 +1,51 @@
+"""One opened engine for several videos: everything is shared but the denoiser with its KV cache."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from asd_rt.backends.base import CodecStream, Denoiser, Engine, FloatArray
+from asd_rt.manifest import Manifest
+
+
+class SharedEngine:
+    """See `asd_rt.backends.base.Engine`: `engine` with another denoiser.
+
+    Parts hold no state between calls, so videos may take turns; a codec's features are its stream's.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._denoiser = engine.new_denoiser()
+
+    @property
+    def path(self) -> Path:
+        return self._engine.path
+
+    @property
+    def manifest(self) -> Manifest:
+        return self._engine.manifest
+
+    @property
+    def denoiser(self) -> Denoiser:
+        return self._denoiser
+
+    @property
+    def device(self) -> str:
+        return self._engine.device
+
+    def new_denoiser(self) -> Denoiser:
+        return self._engine.new_denoiser()
+
+    def encode_prompt(self, tokens: NDArray[np.int64]) -> FloatArray:
+        return self._engine.encode_prompt(tokens)
+
+    def codec_stream(self, part: str, latent_hw: tuple[int, int]) -> CodecStream:
+        return self._engine.codec_stream(part, latent_hw)
+
+    def close(self) -> None:
+        """Release this denoiser only; the engine goes on."""
+        self._denoiser.release()
