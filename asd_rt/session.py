@@ -20,7 +20,7 @@ from asd_rt.arguments import (
     prompt_tokens,
 )
 from asd_rt.backends.base import Engine, open_backend
-from asd_rt.backends.shared import SharedEngine
+from asd_rt.backends.shared import SharableEngine, SharedEngine
 from asd_rt.costs import CostModel
 from asd_rt.deadline import DeadlinePlan
 from asd_rt.decoding import Decoder, Encoder, latent_size
@@ -128,7 +128,12 @@ class Session:
 
         It has its own KV cache and shares weights and what is known of their speed. Both may be used in turns
         by one thread. Close it before this one.
+
+        Raises:
+            BackendError: the engine serves one video only.
         """
+        if not isinstance(self._engine, SharableEngine):
+            raise BackendError(f"{self._engine.path}: serves one video at a time; open an engine file")
         other = Session(SharedEngine(self._engine), self._asked_join, self._threads)
         other._costs = self._costs
         return other

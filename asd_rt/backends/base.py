@@ -92,9 +92,6 @@ class Denoiser(Protocol):
     def read_cache(self, layer: int, slots: Sequence[int]) -> tuple[FloatArray, FloatArray]:
         """Copies of the keys and values in `slots` (in that order), each float32 [B, tokens, H, D]."""
 
-    def release(self) -> None:
-        """Free all memory; the denoiser is of no use afterwards."""
-
 
 class CodecStream(Protocol):
     """One direction of the codec for one video: a step, and the feature caches that it keeps in place."""
@@ -130,9 +127,6 @@ class Engine(Protocol):
     @property
     def device(self) -> str:
         """What it runs on, for reports ("CPUExecutionProvider, 2 threads")."""
-
-    def new_denoiser(self) -> Denoiser:
-        """Another denoiser over the same weights, with a KV cache of its own; the caller releases it."""
 
     def encode_prompt(self, tokens: NDArray[np.int64]) -> FloatArray:
         """Token ids [B, text_len] -> context [B, text_len, text_dim]."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,13 +12,28 @@ from asd_rt.backends.base import CodecStream, Denoiser, Engine, FloatArray
 from asd_rt.manifest import Manifest
 
 
+class OwnDenoiser(Denoiser, Protocol):
+    """A denoiser that is not its engine's only one."""
+
+    def release(self) -> None:
+        """Free all memory; the denoiser is of no use afterwards."""
+
+
+@runtime_checkable
+class SharableEngine(Engine, Protocol):
+    """An engine that can serve several videos, as those that are opened from files can."""
+
+    def new_denoiser(self) -> OwnDenoiser:
+        """Another denoiser over the same weights, with a KV cache of its own; the caller releases it."""
+
+
 class SharedEngine:
     """See `asd_rt.backends.base.Engine`: `engine` with another denoiser.
 
     Parts hold no state between calls, so videos may take turns; a codec's features are its stream's.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: SharableEngine) -> None:
         self._engine = engine
         self._denoiser = engine.new_denoiser()
 
@@ -37,7 +53,7 @@ class SharedEngine:
     def device(self) -> str:
         return self._engine.device
 
-    def new_denoiser(self) -> Denoiser:
+    def new_denoiser(self) -> OwnDenoiser:
         return self._engine.new_denoiser()
 
     def encode_prompt(self, tokens: NDArray[np.int64]) -> FloatArray:
