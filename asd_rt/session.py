@@ -179,7 +179,7 @@ class Session:
         Args:
             prompt: what to show.
             seed: 0 .. 2**63 - 1; same seed and plan, same video.
-            frames: latent frames, in whole blocks (rounded up); None = 48, or what the cache holds; 0 = endless,
+            frames: latent frames, rounded up to blocks; None = 48, or what the cache holds; 0 = endless,
                 for an engine with a window. A decoder that is 4 frames long makes 1 + 4 (n - 1) frames of n.
             steps: denoising steps of a block, 1..4; None = the manifest's.
             first_steps: steps of the first block; None = the manifest's, at least `steps`.

@@ -25,7 +25,9 @@ class Metrics:
             registry=registry,
         )
         self.missed = Counter(
-            "asd_rt_deadline_missed", "Blocks that took longer than their deadline", registry=registry
+            "asd_rt_deadline_missed",
+            "Blocks that took longer than their deadline",
+            registry=registry,
         )
         self.late = Counter(
             "asd_rt_late_blocks", "Live blocks that began a whole block late", registry=registry
@@ -41,7 +43,9 @@ class Metrics:
         )
         self.clips = Counter("asd_rt_clips", "Clips, by how they ended", ["end"], registry=registry)
         Gauge("asd_rt_sessions_limit", "Places for live videos", registry=registry).set(places)
-        Gauge("asd_rt_session_bytes", "Planned memory of a place", registry=registry).set(place_bytes)
+        Gauge("asd_rt_session_bytes", "Planned memory of a place", registry=registry).set(
+            place_bytes
+        )
         memory = Gauge("asd_rt_resident_bytes", "Resident memory", registry=registry)
         memory.set_function(resident_memory_bytes)
 

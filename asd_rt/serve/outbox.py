@@ -1,19 +1,22 @@
-"""Freshness: a client is never more than two blocks behind what is generated, however slow it is.
+"""Freshness: at most two blocks are on their way to a client, however slow it is.
 
-A block counts until the client has acknowledged it, so what waits in sockets and in the client counts too. When
-there are two, new ones are left out: a slow client loses frames, not time.
+A block counts until the client has acknowledged it, so what waits in sockets and in the client counts too.
+Beside them only the newest block waits, and a newer one takes its place: a slow client loses frames, not
+time.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-MAX_QUEUED = 2  # blocks of one client, waiting or on their way
+MAX_SENT = 2  # blocks of one client on their way
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -38,35 +41,32 @@ class Outbox:
 
     Attributes:
         dropped: frames that were left out.
+        unacknowledged_since: time of the event loop's clock from which on the client has left blocks without
+            an acknowledgement; None where it has not.
     """
 
     def __init__(self) -> None:
-        self._waiting: list[Piece] = []
-        self._events: list[dict[str, Any]] = []
+        self._waiting: Piece | None = None
+        self._events: deque[dict[str, Any]] = deque()
         self._sent: list[int] = []  # numbers of blocks that are not acknowledged
         self._ready = asyncio.Event()
         self.dropped = 0
         self.unacknowledged_since: float | None = None
 
     @property
-    def queued(self) -> int:
-        """Blocks that wait or are not acknowledged."""
-        return len(self._waiting) + len(self._sent)
+    def on_their_way(self) -> int:
+        """Blocks that are sent and not acknowledged."""
+        return len(self._sent)
 
     def put(self, piece: Piece) -> int:
-        """Take a block if there is room, in place of an older one that still waits if need be.
+        """Take a block, in place of one that waits.
 
         Returns:
             frames that are left out for it.
         """
-        left_out = [p for p in self._waiting if p.prompt_id != piece.prompt_id]  # stale
-        self._waiting = [p for p in self._waiting if p.prompt_id == piece.prompt_id]
-        if self.queued >= MAX_QUEUED:
-            left_out.append(self._waiting.pop(0) if self._waiting else piece)
-        if piece not in left_out:
-            self._waiting.append(piece)
-            self._ready.set()
-        lost = sum(len(p.frames) for p in left_out)
+        lost = 0 if self._waiting is None else len(self._waiting.frames)
+        self._waiting = piece
+        self._ready.set()
         self.dropped += lost
         return lost
 
@@ -77,18 +77,29 @@ class Outbox:
 
     def ack(self, number: int, now: float) -> None:
         """The client shows block `number`: it and those before it count no longer."""
+        before = len(self._sent)
         self._sent = [n for n in self._sent if n > number]
-        self.unacknowledged_since = now if self._sent else None
+        if not self._sent:
+            self.unacknowledged_since = None
+        elif len(self._sent) < before:
+            self.unacknowledged_since = now
+        self._ready.set()
 
-    async def next(self) -> Piece | dict[str, Any]:
-        """The next thing to send; a block counts as sent from then on."""
-        while not (self._events or self._waiting):
+    def forget(self) -> None:
+        """The client has thrown away what it had, because it pauses."""
+        self._sent, self.unacknowledged_since = [], None
+        self._ready.set()
+
+    async def next(self, now: Callable[[], float]) -> Piece | dict[str, Any]:
+        """The next thing to send; a block counts as sent from then on. `now` is the loop's clock."""
+        while True:
+            if self._events:
+                return self._events.popleft()
+            if self._waiting is not None and len(self._sent) < MAX_SENT:
+                piece, self._waiting = self._waiting, None
+                self._sent.append(piece.number)
+                if self.unacknowledged_since is None:
+                    self.unacknowledged_since = now()
+                return piece
             self._ready.clear()
             await self._ready.wait()
-        if self._events:
-            return self._events.pop(0)
-        piece = self._waiting.pop(0)
-        self._sent.append(piece.number)
-        if self.unacknowledged_since is None:
-            self.unacknowledged_since = asyncio.get_running_loop().time()
-        return piece

@@ -1,4 +1,4 @@
-"""A fixed number of places for videos: each has its own KV cache and prompt, allocated before the first client."""
+"""A fixed number of places for videos, each with its own KV cache, allocated before anyone comes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from asd_rt.arguments import check_can_decode
+from asd_rt.arguments import check_can_decode, default_frames
 from asd_rt.errors import ConfigError
 from asd_rt.machine import available_memory_bytes
 from asd_rt.manifest import Manifest
@@ -16,8 +16,8 @@ from asd_rt.planner import is_large, plan_memory, video_of
 from asd_rt.session import FloatArray, Session
 
 MOST_SESSIONS = 8  # where nobody asks for a number
+LEARNING_MS = 1e6  # a deadline that is never missed
 SHARE = 0.5  # of the available memory, for a number that nobody asked for
-ENDLESS_FRAMES = 1_000_000  # latent frames of a live video; 11 hours at 24 frames a second
 _log = logging.getLogger(__name__)
 
 
@@ -28,7 +28,7 @@ class PoolPlan:
     Attributes:
         sessions: places for live videos; one more serves clips.
         latent_hw: latent (rows, columns) of all videos.
-        live_frames: latent frames of a live video.
+        live_frames: latent frames of a live video; 0 = endless.
         place_bytes: memory of a place.
         shared_bytes: memory of what all share.
     """
@@ -68,10 +68,7 @@ def plan_pool(
             f"--latent-size {latent_hw[0]}x{latent_hw[1]}: {path} is fixed to {size[0]}x{size[1]}"
         )
     cache = manifest.cache
-    frames = ENDLESS_FRAMES // cache.block_frames * cache.block_frames
-    if not cache.window_frames:
-        most = cache.max_frames or 48
-        frames = max(most - most % cache.block_frames, cache.block_frames)
+    frames = 0 if cache.window_frames else default_frames(manifest)
     plan = plan_memory(video_of(manifest, frames, size, joined="joined" in manifest.parts))
     place = plan.cache + plan.prompt + plan.state
     shared = plan.needed - place
@@ -94,8 +91,8 @@ def plan_pool(
         room = int((available - shared) // place) - 1
         mend = f"--sessions {room}" if room > 0 else "a smaller engine or --latent-size"
         raise ConfigError(
-            f"--sessions {sessions}: needs {needed / 1e9:.1f} GB of memory ({place / 1e6:.1f} MB for each and "
-            f"for clips), but {available / 1e9:.1f} GB are available; what fits: {mend}"
+            f"--sessions {sessions}: needs {needed / 1e9:.1f} GB of memory ({place / 1e6:.1f} MB for each "
+            f"and for clips), but {available / 1e9:.1f} GB are available; what fits: {mend}"
         )
     return PoolPlan(sessions, size, frames, place, shared)
 
@@ -131,12 +128,15 @@ class Pool:
         window = (cache.window_frames or cache.block_frames) // cache.block_frames
         blocks = 1 if is_large(manifest.model) else window + 2
         for i, session in enumerate((*self._free, self.clips)):
-            deadline = {"deadline_ms": 1e6} if i == 0 else {}
             stream = session.generate_from(
-                context, frames=self.plan.live_frames, latent_hw=self.plan.latent_hw, **deadline
+                context,
+                frames=self.plan.live_frames,
+                latent_hw=self.plan.latent_hw,
+                deadline_ms=None if i else LEARNING_MS,
             )
             for _ in zip(range(blocks), stream, strict=False):
                 pass
+            stream.close()
         _log.info("%d places of %d bytes", self.plan.sessions, self.plan.place_bytes)
 
     def close(self) -> None:

@@ -10,7 +10,7 @@ import json
 import math
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from asd_rt.deadline import MAX_DEADLINE_MS
@@ -57,7 +57,7 @@ class Message:
 
     type: str
     prompt: str = ""
-    settings: Settings = Settings()
+    settings: Settings = field(default_factory=Settings)
     given: frozenset[str] = frozenset()
     upload: str | None = None
     block: int = 0
@@ -89,7 +89,7 @@ def _number(low: float, high: float, optional: bool = False) -> Check:
 
 def _text(most: int) -> Check:
     def check(name: str, value: Any) -> str:
-        if isinstance(value, str) and 0 < len(value.strip()) and len(value) <= most:
+        if isinstance(value, str) and value.strip() and len(value) <= most:
             return value
         found = f"{len(value)} characters" if isinstance(value, str) else value
         _refuse(name, f"a text of 1 to {most} characters", found)
