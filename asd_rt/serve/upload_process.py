@@ -80,7 +80,7 @@ def decode(data: bytes, rows: int, columns: int, most: int, pixels: int) -> tupl
 
 def _check_size(width: int, height: int, pixels: int) -> None:
     if width < 1 or height < 1 or width * height > pixels:
-        raise Refused(f"has frames of {width}x{height}, more than {pixels} pixels or none")
+        raise Refused(f"has frames of {width}x{height}; it takes 1 to {pixels} pixels")
 
 
 def _fitted(frame: Any, rows: int, columns: int) -> bytes:

@@ -110,6 +110,7 @@ class Watcher:
             "prompt_chars": service.limits.prompt_chars,
             "words": list((manifest.tokenizer or {}).get("words", {})),
             "starts_from_uploads": "encoder" in manifest.parts,
+            "upload_bytes": service.limits.upload_bytes,
         }
 
     async def _look_after(self) -> None:

@@ -51,7 +51,7 @@ function connect() {
   };
   socket.onclose = (event) => { if (socket === live.socket) lost(event); };
   live.socket = socket;
-  live.opened = live.started = false;
+  live.opened = live.started = live.accepted = false;
 }
 
 function send(message) {
@@ -120,6 +120,7 @@ function obey(event) {
   if (event.type === "hello") {
     hello(event);
   } else if (event.type === "started" || event.type === "prompt") {
+    live.accepted = true;
     live.awaited = event.prompt_id;
     problem("");
     mark(event.prompt);
@@ -132,7 +133,11 @@ function obey(event) {
   } else if (event.type === "error") {
     live.sentAt = 0;
     if (event.code === "record") { live.saving = false; stopRecordingClock(); enable(); }
-    if (!live.started || event.code === "upload") { live.wanted = false; setState("ready", "Ready"); }
+    if (!live.accepted) { // the video has not begun
+      live.wanted = live.started = false;
+      setState("ready", "Ready");
+      enable();
+    }
     problem(event.message);
   }
 }
@@ -167,7 +172,7 @@ function start() {
   live.sentAt = performance.now();
   live.awaited = 0;
   live.started = live.wanted = true;
-  live.paused = false;
+  live.accepted = live.paused = false;
   send(message);
   enable();
 }
@@ -257,6 +262,8 @@ async function startFrom(file) {
   live.upload = null;
   if (file) {
     try {
+      const most = live.hello?.upload_bytes ?? Infinity;
+      if (file.size > most) throw new Error(`The file is larger than ${Math.round(most / 1e6)} MB.`);
       const answer = await ask("/v1/uploads", { method: "POST", body: file });
       const found = await answer.json();
       if (!answer.ok) throw new Error(found.error.message);
