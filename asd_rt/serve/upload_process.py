@@ -79,8 +79,10 @@ def decode(data: bytes, rows: int, columns: int, most: int, pixels: int) -> tupl
 
 
 def _check_size(width: int, height: int, pixels: int) -> None:
-    if width < 1 or height < 1 or width * height > pixels:
-        raise Refused(f"has frames of {width}x{height}; it takes 1 to {pixels} pixels")
+    if width < 1 or height < 1:
+        raise Refused("holds no picture that can be read")
+    if width * height > pixels:
+        raise Refused(f"has frames of {width}x{height}, more than {pixels} pixels")
 
 
 def _fitted(frame: Any, rows: int, columns: int) -> bytes:

@@ -20,7 +20,7 @@ EXPECTED = {
     "torn_picture": "422",
     "nan_deadline": "error: a message must be a JSON object",
     "nonsense": "message, closed 1008",
-    "reconnect_storm": "closed 1000: 20",
+    "reconnect_storm": "closed 1000: ",
     "vanishing": "gone",
     "greedy": "of 10 refused: closed 1013",
     "foreign_page": "403",

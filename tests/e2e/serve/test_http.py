@@ -113,7 +113,7 @@ def test_of_a_clip_whole_blocks_are_taken(server: Server) -> None:
     [
         (b"#EXTM3U\nfile:///etc/passwd\n", "is no PNG"),
         (b"ffconcat version 1.0\nfile /etc/passwd\n", "is no PNG"),
-        (picture("PNG")[:60], "cannot be decoded"),
+        (picture("PNG")[:60], "no picture that can be read"),
         (b"", "is no PNG"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The page in headless Chromium, against the real server: play, steer, record, lose the connection, regain it."""
+"""The page in headless Chromium, against the real server: play, steer, record, reconnect."""
 
 from __future__ import annotations
 
