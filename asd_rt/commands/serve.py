@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import os
+from dataclasses import replace
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from asd_rt.commands.common import Outcome, Problems, add_engine, find_engine
 from asd_rt.errors import BackendError
 from asd_rt.session import open_session
+from asd_rt.steering import Refresh, RefreshKind
 
 if TYPE_CHECKING:
     from socket import socket
@@ -55,6 +57,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--latent-size", metavar="HxW", help="latent size, for an engine that fixes none"
     )
     parser.add_argument(
+        "--refresh-every",
+        metavar="N",
+        help="the cache of a live video starts over every N blocks, against drift (default: never)",
+    )
+    parser.add_argument(
+        "--refresh",
+        choices=get_args(RefreshKind),
+        default="first",
+        help="what it keeps then (default: first, the video's first block)",
+    )
+    parser.add_argument(
         "--allow-origin",
         action="append",
         default=[],
@@ -88,13 +101,15 @@ def execute(args: argparse.Namespace) -> Outcome:
     per_client = problems.integer("--client-sessions", args.client_sessions, 1, 1000)
     clip_frames = problems.integer("--clip-frames", args.clip_frames, 1, 100_000)
     size = problems.latent_size("--latent-size", args.latent_size)
+    refresh_every = problems.integer("--refresh-every", args.refresh_every, 1)
     access: Access | None = None
     with problems.collect():
         access = access_of(args.host, os.environ.get(TOKEN_VARIABLE) or None, args.allow_origin)
     found = find_engine(problems, args.engine)
     if found:
         with problems.collect():
-            plan = plan_pool(*found, sessions, size)
+            refresh = Refresh(refresh_every or 0, args.refresh)
+            plan = replace(plan_pool(*found, sessions, size), refresh=refresh)
     problems.raise_any()
     path = found[0]  # type: ignore[index]
     limits = Limits(

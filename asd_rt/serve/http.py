@@ -15,6 +15,7 @@ from asd_rt.errors import AsdError
 from asd_rt.serve.clips import ClipsFull
 from asd_rt.serve.protocol import MessageError
 from asd_rt.serve.service import Service
+from asd_rt.serve.uploads import UploadsFull
 
 BODY_S = 15.0  # for a whole body to arrive
 PAGE = {
@@ -71,7 +72,7 @@ def _answering(handler: Handler) -> Handler:
             return await handler(request)
         except BodyError as error:
             return _error(request, error.status, "body", str(error))
-        except ClipsFull as error:
+        except (ClipsFull, UploadsFull) as error:
             return _error(request, 503, "full", str(error), RETRY)
         except MessageError as error:
             return _error(request, 422, error.code, str(error))

@@ -76,9 +76,9 @@ class LiveVideo:
 
     # What the watcher asks for.
 
-    def switch(self, context: FloatArray, prompt_id: int) -> None:
-        """Show another prompt from the next block on, which comes at once."""
-        self._orders.append(partial(self._switch, context, prompt_id))
+    def switch(self, context: FloatArray, prompt_id: int, recache: bool = False) -> None:
+        """Show another prompt from the next block on, which comes at once; see `Stream.switch_prompt`."""
+        self._orders.append(partial(self._switch, context, prompt_id, recache))
 
     def change(self, settings: Settings, given: frozenset[str]) -> None:
         """Change steps, deadline or pace; those of `settings` that are `given`."""
@@ -106,17 +106,19 @@ class LiveVideo:
 
     def close(self) -> None:
         """End it."""
-        self._orders.append(self._close)
+        self._closed = True
 
     # What the worker asks for.
 
     def due(self) -> float:
+        if self._closed:
+            return -math.inf
         if self._orders:
             return 0.0
         return math.inf if self._paused else self._due
 
     def turn(self) -> bool:
-        while self._orders:
+        while self._orders and not self._closed:
             self._orders.popleft()()
         if self._closed or self._paused:
             return not self._closed
@@ -191,6 +193,8 @@ class LiveVideo:
             self._pool.live_frames,
             latent_hw=self._pool.latent_hw,
             initial=None if self._start is None else session.start_latents(self._start),
+            refresh_every=self._pool.refresh.every_blocks,
+            refresh=self._pool.refresh.kind,
             plan=self._plan,
         )
 
@@ -200,10 +204,10 @@ class LiveVideo:
         plan = make_plan(self._session.manifest, s.steps, s.first_steps, s.deadline_ms)
         return plan.steps, plan.first_steps
 
-    def _switch(self, context: FloatArray, prompt_id: int) -> None:
+    def _switch(self, context: FloatArray, prompt_id: int, recache: bool) -> None:
         self._context, self._prompt_id = context, prompt_id
         if self._stream is not None:
-            self._stream.switch_prompt(context)
+            self._stream.switch_prompt(context, recache)
         self._due = monotonic()
 
     def _change(self, settings: Settings, given: frozenset[str]) -> None:
@@ -248,6 +252,3 @@ class LiveVideo:
             self._tell({"type": "error", "code": "record", "message": str(error)})
             return
         self._tell({"type": "recorded", "id": clip, "frames": count})
-
-    def _close(self) -> None:
-        self._closed = True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
@@ -14,6 +14,7 @@ from asd_rt.machine import available_memory_bytes
 from asd_rt.manifest import Manifest
 from asd_rt.planner import is_large, plan_memory, video_of
 from asd_rt.session import FloatArray, Session
+from asd_rt.steering import Refresh
 
 MOST_SESSIONS = 8  # where nobody asks for a number
 LEARNING_MS = 1e6  # a deadline that is never missed
@@ -31,6 +32,7 @@ class PoolPlan:
         live_frames: latent frames of a live video; 0 = endless.
         place_bytes: memory of a place.
         shared_bytes: memory of what all share.
+        refresh: when the caches of live videos start over.
     """
 
     sessions: int
@@ -38,6 +40,7 @@ class PoolPlan:
     live_frames: int
     place_bytes: int
     shared_bytes: int
+    refresh: Refresh = field(default_factory=Refresh)
 
 
 def plan_pool(
@@ -133,6 +136,8 @@ class Pool:
                 frames=self.plan.live_frames,
                 latent_hw=self.plan.latent_hw,
                 deadline_ms=None if i else LEARNING_MS,
+                refresh_every=self.plan.refresh.every_blocks,
+                refresh=self.plan.refresh.kind,
             )
             for _ in zip(range(blocks), stream, strict=False):
                 pass

@@ -53,6 +53,7 @@ class Message:
         given: names of the settings that the message has; a `deadline_ms` of null takes the deadline away.
         upload: of `start`: what the video starts from.
         block: of `ack`: the newest block that is on the screen.
+        recache: of `prompt`: compute the cached frames anew under it.
     """
 
     type: str
@@ -61,6 +62,7 @@ class Message:
     given: frozenset[str] = frozenset()
     upload: str | None = None
     block: int = 0
+    recache: bool = False
 
 
 Check = Callable[[str, Any], Any]
@@ -97,6 +99,12 @@ def _text(most: int) -> Check:
     return check
 
 
+def _truth(name: str, value: Any) -> bool:
+    if isinstance(value, bool):
+        return value
+    _refuse(name, "true or false", value)
+
+
 SETTINGS: dict[str, Check] = {
     "seed": _whole(0, MAX_SEED),
     "steps": _whole(1, MAX_STEPS),
@@ -107,7 +115,7 @@ SETTINGS: dict[str, Check] = {
 # type -> (fields that must be there, fields that may be)
 TYPES: dict[str, tuple[set[str], set[str]]] = {
     "start": ({"prompt"}, {*SETTINGS, "upload"}),
-    "prompt": ({"prompt"}, set()),
+    "prompt": ({"prompt"}, {"recache"}),
     "set": (set(), {"steps", "deadline_ms", "fps"}),
     "pause": (set(), set()),
     "resume": (set(), set()),
@@ -126,6 +134,7 @@ class Reader:
             "prompt": _text(prompt_chars),
             "upload": _text(64),
             "block": _whole(0, 2**53),
+            "recache": _truth,
             "frames": _whole(1, clip_frames),
         }
 
@@ -148,6 +157,7 @@ class Reader:
             given=frozenset(settings),
             upload=values.get("upload"),
             block=values.get("block", 0),
+            recache=values.get("recache", False),
         )
 
     def clip(self, text: str) -> tuple[str, int | None, Settings]:

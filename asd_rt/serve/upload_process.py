@@ -7,6 +7,7 @@ crash, a bomb or an endless file ends this process and nothing else.
 from __future__ import annotations
 
 import json
+import os
 import resource
 import sys
 from io import BytesIO
@@ -100,6 +101,7 @@ def _fitted(frame: Any, rows: int, columns: int) -> bytes:
 def main() -> int:
     """Decode stdin; argv[1] is a JSON object: rows, columns, frames, pixels, seconds, memory, bytes."""
     asked = json.loads(sys.argv[1])
+    os.nice(10)  # videos come first
     resource.setrlimit(resource.RLIMIT_AS, (asked["memory"],) * 2)
     resource.setrlimit(resource.RLIMIT_CPU, (asked["seconds"],) * 2)
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))

@@ -11,15 +11,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from asd_rt.decoding import start_frame_count
+from asd_rt.errors import AsdError
 from asd_rt.manifest import Manifest
 from asd_rt.serve import upload_process
 from asd_rt.serve.limits import Limits
 from asd_rt.serve.protocol import MessageError
 
 GRACE_S = 2.0  # beyond the process's own limit of CPU time, until it is killed
-MOST_AT_ONCE = 2
+MOST_AT_ONCE, MOST_WAITING = 2, 4
 
 Frames = NDArray[np.uint8]
+
+
+class UploadsFull(AsdError):
+    """As many uploads wait as may."""
 
 
 class Uploads:
@@ -30,6 +35,7 @@ class Uploads:
         self._manifest, self._frame_hw, self._limits = manifest, frame_hw, limits
         self._kept: dict[str, Frames] = {}
         self._room = asyncio.Semaphore(MOST_AT_ONCE)
+        self._busy = 0
 
     def get(self, upload: str) -> Frames:
         """Frames to start from, uint8 [frames, rows, columns, 3]: as many as whole blocks have.
@@ -50,13 +56,20 @@ class Uploads:
 
         Raises:
             MessageError: it cannot be used.
+            UploadsFull: as many wait as may.
         """
         if "encoder" not in self._manifest.parts:
             raise MessageError(
                 "upload: this engine has no encoder, so it starts from none", "upload"
             )
-        async with self._room:
-            decoded = await self._decode(data)
+        if self._busy >= MOST_AT_ONCE + MOST_WAITING:
+            raise UploadsFull("upload: too many are being decoded; try again in a few seconds")
+        self._busy += 1
+        try:
+            async with self._room:
+                decoded = await self._decode(data)
+        finally:
+            self._busy -= 1
         frames = fitted_count(self._manifest, decoded)
         name = secrets.token_urlsafe(16)
         self._kept[name] = frames

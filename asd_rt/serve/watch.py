@@ -69,10 +69,9 @@ class Watcher:
         self._video: LiveVideo | None = None
         self._rate = Rate(service.limits.messages_per_s, service.limits.message_burst)
         self._broken = self._prompts = 0
-        self._wanted: str | None = None  # prompt to switch to; a newer one takes its place
+        self._wanted: Message | None = None  # prompt to switch to; a newer one takes its place
         self._wants = asyncio.Event()
         self._opened = self._loop.time()
-        self._stack = ExitStack()
 
     async def run(self) -> None:
         """Until the client goes or has to.
@@ -95,7 +94,6 @@ class Watcher:
             if self._video is not None:
                 self._video.close()
                 self._service.worker.wake()
-            self._stack.close()
 
     def _hello(self) -> dict[str, Any]:
         service, manifest = self._service, self._service.session.manifest
@@ -201,7 +199,7 @@ class Watcher:
             self._outbox.ack(message.block, self._loop.time())
             return
         if message.type == "prompt":
-            self._wanted = message.prompt
+            self._wanted = message
             self._wants.set()
             return
         if message.type in ("pause", "resume"):
@@ -224,17 +222,18 @@ class Watcher:
         while True:
             await self._wants.wait()
             self._wants.clear()
-            prompt, self._wanted = self._wanted, None
-            if prompt is None or self._video is None:
+            wanted, self._wanted = self._wanted, None
+            if wanted is None or self._video is None:
                 continue
             try:
-                context = await self._context(prompt)
+                context = await self._context(wanted.prompt)
             except AsdError as error:
                 self._refuse("prompt", str(error))
                 continue
             self._prompts += 1
-            self._video.switch(context, self._prompts)
-            self._outbox.event({"type": "prompt", "prompt": prompt, "prompt_id": self._prompts})
+            self._video.switch(context, self._prompts, wanted.recache)
+            told = {"type": "prompt", "prompt": wanted.prompt, "prompt_id": self._prompts}
+            self._outbox.event(told)
             self._service.worker.wake()
 
     async def _context(self, prompt: str) -> Any:
@@ -247,16 +246,24 @@ class Watcher:
             raise MessageError("start: was sent already; send prompt, set or reset", "order")
         start = None if message.upload is None else service.uploads.get(message.upload)
         context = await self._context(message.prompt)
-        if not self._stack.enter_context(service.watchers.hold(self._client)):
+        held = ExitStack()
+        if not held.enter_context(service.watchers.hold(self._client)):
             self._refused("client_sessions")
             most = service.limits.client_sessions
             raise Ended(FULL, f"your address has {most} live videos already; close one")
         place = service.take()
         if place is None:
+            held.close()
             self._refused("full")
             most = service.pool.plan.sessions
             raise Ended(FULL, f"all {most} places are taken; try again in a minute")
         service.metrics.sessions.inc()
+        release = self._from_worker(lambda _: held.close())
+
+        def ended() -> None:  # only then it counts no longer: closing may take a block's time
+            service.give(place)
+            release(None)
+
         self._video = LiveVideo(
             session=place,
             pool=service.pool.plan,
@@ -265,7 +272,7 @@ class Watcher:
             start=start,
             show=self._from_worker(self._show),
             tell=self._from_worker(self._outbox.event),
-            ended=lambda: service.give(place),
+            ended=ended,
             save=service.clips.from_frames,
             record_bytes=service.limits.record_bytes,
             metrics=service.metrics,

@@ -18,7 +18,10 @@ class Turns(Protocol):
     """A video, or whatever else needs the engine; all methods are called by the worker's thread."""
 
     def due(self) -> float:
-        """When its next turn is due, in seconds of the monotonic clock; infinity: not before a wake-up."""
+        """When its next turn is due, in seconds of the monotonic clock.
+
+        Infinity: not before a wake-up; minus infinity: it only wants to end, which others may wait for.
+        """
 
     def turn(self) -> bool:
         """Do one block's work; False when it is the last turn."""
@@ -84,13 +87,14 @@ class Worker:
         """Wait until something is due, and put it at the ring's end; None when stopping."""
         with self._changed:
             while not self._stopping:
-                now, soonest = monotonic(), math.inf
-                for turns in self._ring:
-                    due = turns.due()
-                    if due <= now:
-                        self._ring.remove(turns)
-                        self._ring.append(turns)
-                        return turns
-                    soonest = min(soonest, due)
+                now = monotonic()
+                dues = [(turns.due(), turns) for turns in self._ring]
+                soonest = min((due for due, _ in dues), default=math.inf)
+                if soonest <= now:
+                    last = soonest if soonest == -math.inf else now
+                    turns = next(turns for due, turns in dues if due <= last)
+                    self._ring.remove(turns)
+                    self._ring.append(turns)
+                    return turns
                 self._changed.wait(None if soonest == math.inf else soonest - now)
         return None

@@ -33,6 +33,13 @@ def test_a_start_with_everything() -> None:
     assert found.given == {"seed", "steps", "first_steps", "deadline_ms", "fps"}
 
 
+def test_a_prompt_may_ask_for_a_recache() -> None:
+    assert READER.message('{"type": "prompt", "prompt": "red", "recache": true}').recache
+    assert not READER.message('{"type": "prompt", "prompt": "red"}').recache
+    with pytest.raises(MessageError, match="recache must be true or false, found 1"):
+        READER.message('{"type": "prompt", "prompt": "red", "recache": 1}')
+
+
 def test_a_deadline_can_be_taken_away() -> None:
     found = READER.message('{"type": "set", "deadline_ms": null}')
     assert found.settings.deadline_ms is None

@@ -81,6 +81,18 @@ def test_one_that_is_not_due_waits_for_a_wake_up() -> None:
     worker.stop()
 
 
+def test_who_wants_to_end_comes_first() -> None:
+    worker, log = Worker(), []
+    videos = [Counting(name, 1, log) for name in ("one", "two", "leaving")]
+    videos[2].at = -math.inf
+    for video in videos:
+        worker.add(video)
+    worker.start()
+    assert all(video.ended.wait(10) for video in videos)
+    worker.stop()
+    assert log == ["leaving", "one", "two"]
+
+
 def test_stopping_ends_all() -> None:
     worker = Worker()
     sleeper = Counting("sleeper", 1, [])
