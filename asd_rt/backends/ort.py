@@ -126,7 +126,7 @@ class OrtEngine:
                 late += ("prompt",)
             if part not in late:
                 self.session(part)
-        self.denoiser = OrtDenoiser(path, manifest, self.session)
+        self.denoiser = self.new_denoiser()
 
     @property
     def device(self) -> str:
@@ -222,6 +222,9 @@ class OrtEngine:
         with run_errors(f"{self.path}: {part}"):
             (result,) = session.run([output], inputs)
         return np.asarray(result)
+
+    def new_denoiser(self) -> OrtDenoiser:
+        return OrtDenoiser(self.path, self.manifest, self.session)
 
     def encode_prompt(self, tokens: NDArray[np.int64]) -> FloatArray:
         return self.run_part("text", "context", tokens=tokens)
