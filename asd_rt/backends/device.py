@@ -102,11 +102,15 @@ class DeviceEngine(ABC):
         return self._run_host("text", "tokens", "context", tokens)
 
     def codec_stream(self, part: str, latent_hw: tuple[int, int]) -> DeviceCodecStream:
-        part_path(self.path, self.manifest, part)  # raises where there is none
         key = (part, latent_hw)
         if key not in self._streams:
-            self._streams[key] = DeviceCodecStream(self, part, latent_hw)
+            self._streams[key] = self.new_codec_stream(part, latent_hw)
         return self._streams[key]
+
+    def new_codec_stream(self, part: str, latent_hw: tuple[int, int]) -> DeviceCodecStream:
+        """As `codec_stream`, but with feature caches of its own; the caller releases it."""
+        part_path(self.path, self.manifest, part)  # raises where there is none
+        return DeviceCodecStream(self, part, latent_hw)
 
     def close(self) -> None:
         """Release everything, after a failed pass too."""

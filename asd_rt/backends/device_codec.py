@@ -55,3 +55,10 @@ class DeviceCodecStream:
         cuda = self._engine.cuda
         cuda.download(made, outputs[self._output], cuda.codec_stream)
         self._old, self._new = self._new, self._old
+
+    def release(self) -> None:
+        """Free all memory; the stream is of no use afterwards."""
+        if self._engine.cuda.closed:  # which freed it
+            return
+        for buffer in (self._given, self._made, *self._old.values(), *self._new.values()):
+            buffer.release()

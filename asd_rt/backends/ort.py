@@ -229,6 +229,10 @@ class OrtEngine:
     def encode_prompt(self, tokens: NDArray[np.int64]) -> FloatArray:
         return self.run_part("text", "context", tokens=tokens)
 
+    def new_codec_stream(self, part: str, latent_hw: tuple[int, int]) -> OrtCodecStream:
+        """As `codec_stream`, whose streams share nothing anyway; the caller releases it."""
+        return self.codec_stream(part, latent_hw)
+
     def codec_stream(self, part: str, latent_hw: tuple[int, int]) -> OrtCodecStream:
         part_path(self.path, self.manifest, part)  # raises where there is none
         return OrtCodecStream(self.path, self.manifest, part, latent_hw, self.session)

@@ -1,4 +1,4 @@
-"""One opened engine for several videos: everything is shared but the denoiser with its KV cache."""
+"""One opened engine for several videos: all is shared but the denoiser and the codec's feature caches."""
 
 from __future__ import annotations
 
@@ -19,6 +19,13 @@ class OwnDenoiser(Denoiser, Protocol):
         """Free all memory; the denoiser is of no use afterwards."""
 
 
+class OwnCodecStream(CodecStream, Protocol):
+    """A codec stream that is not its engine's only one of this kind."""
+
+    def release(self) -> None:
+        """Free all memory; the stream is of no use afterwards."""
+
+
 @runtime_checkable
 class SharableEngine(Engine, Protocol):
     """An engine that can serve several videos, as those that are opened from files can."""
@@ -26,16 +33,20 @@ class SharableEngine(Engine, Protocol):
     def new_denoiser(self) -> OwnDenoiser:
         """Another denoiser over the same weights, with a KV cache of its own; the caller releases it."""
 
+    def new_codec_stream(self, part: str, latent_hw: tuple[int, int]) -> OwnCodecStream:
+        """As `codec_stream`, with feature caches of its own; the caller releases it."""
+
 
 class SharedEngine:
     """See `asd_rt.backends.base.Engine`: `engine` with another denoiser.
 
-    Parts hold no state between calls, so videos may take turns; a codec's features are its stream's.
+    Parts hold no state between calls, so videos may take turns.
     """
 
     def __init__(self, engine: SharableEngine) -> None:
         self._engine = engine
         self._denoiser = engine.new_denoiser()
+        self._streams: dict[tuple[str, tuple[int, int]], OwnCodecStream] = {}
 
     @property
     def path(self) -> Path:
@@ -60,8 +71,17 @@ class SharedEngine:
         return self._engine.encode_prompt(tokens)
 
     def codec_stream(self, part: str, latent_hw: tuple[int, int]) -> CodecStream:
-        return self._engine.codec_stream(part, latent_hw)
+        key = (part, latent_hw)
+        if key not in self._streams:
+            self._streams[key] = self.new_codec_stream(part, latent_hw)
+        return self._streams[key]
+
+    def new_codec_stream(self, part: str, latent_hw: tuple[int, int]) -> OwnCodecStream:
+        return self._engine.new_codec_stream(part, latent_hw)
 
     def close(self) -> None:
-        """Release this denoiser only; the engine goes on."""
+        """Release what is this video's only; the engine goes on."""
         self._denoiser.release()
+        for stream in self._streams.values():
+            stream.release()
+        self._streams.clear()

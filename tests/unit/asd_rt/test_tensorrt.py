@@ -21,6 +21,7 @@ import pytest
 
 from asd_rt.backends import cuda
 from asd_rt.backends.ort import open_engine as open_ort
+from asd_rt.backends.shared import SharedEngine
 from asd_rt.backends.tensorrt import open_engine
 from asd_rt.decoding import Decoder, Encoder
 from asd_rt.errors import AsdError, BackendError, EngineError
@@ -573,6 +574,30 @@ def test_a_codec_with_caches(stream_toy: Any, machine: Callable[..., FakeCuda]) 
         np.testing.assert_array_equal(encoded, Encoder(reference, (4, 2)).encode(frames))
         assert held in (0, len(runtime.memory)), "a video leaves device memory behind"
         held = len(runtime.memory)
+    engine.close()
+    assert runtime.nothing_is_left()
+
+
+def test_codecs_of_videos_in_turns(stream_toy: Any, machine: Callable[..., FakeCuda]) -> None:
+    """Videos that share an engine have feature caches of their own."""
+    runtime = machine()
+    engine = open_engine(stream_toy.path, as_plan(stream_toy.manifest))
+    draw = np.random.default_rng(0)
+    videos = draw.standard_normal((2, 1, 6, 2, 4, 2)).astype(np.float32)
+    blocks = [slice(i, i + 2) for i in range(0, 6, 2)]
+    alone = []
+    for video in videos:
+        decoder = Decoder(engine, (4, 2))
+        alone.append([decoder.decode(video[:, block]).copy() for block in blocks])
+    held = len(runtime.memory)
+    shared = [SharedEngine(engine) for _ in videos]
+    decoders = [Decoder(one, (4, 2)) for one in shared]
+    for turn, block in enumerate(blocks):
+        for video, decoder, expected in zip(videos, decoders, alone, strict=True):
+            np.testing.assert_array_equal(decoder.decode(video[:, block]), expected[turn])
+    for one in shared:
+        one.close()
+    assert len(runtime.memory) == held
     engine.close()
     assert runtime.nothing_is_left()
 
