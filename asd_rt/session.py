@@ -22,6 +22,7 @@ from asd_rt.arguments import (
     prompt_tokens,
 )
 from asd_rt.backends.base import Engine, open_backend
+from asd_rt.backends.shared import SharableEngine, SharedEngine
 from asd_rt.costs import CostModel
 from asd_rt.decoding import Encoder, latent_size
 from asd_rt.engines import best_engine
@@ -40,7 +41,10 @@ _log = logging.getLogger(__name__)
 
 
 def open_session(
-    engine: str | Path | None = None, threads: int | None = None, join: bool | None = None
+    engine: str | Path | None = None,
+    threads: int | None = None,
+    join: bool | None = None,
+    device: str = "auto",
 ) -> Session:
     """Open an engine.
 
@@ -48,14 +52,14 @@ def open_session(
         engine: path of an engine file; None = the best one in ./engines, else the packaged one.
         threads: of a CPU backend; None = usable cores.
         join: run a cache pass and the first pass of the next block as one; None = what is faster here.
+        device: "cpu", "cuda" (or an error), or "auto": see `open_backend`.
 
     Raises:
         EngineError: no such engine, or it is damaged.
         BackendError: its backend is absent or cannot run here.
     """
-    return Session(
-        open_backend(best_engine() if engine is None else engine, threads), join, threads
-    )
+    path = best_engine() if engine is None else engine
+    return Session(open_backend(path, threads, device), join, threads)
 
 
 @dataclass(frozen=True)
@@ -101,6 +105,11 @@ class Session:
     def manifest(self) -> Manifest:
         return self._engine.manifest
 
+    @property
+    def costs(self) -> CostModel:
+        """What passes take on this machine, as far as it is known."""
+        return self._costs
+
     def __enter__(self) -> Session:
         return self
 
@@ -116,6 +125,23 @@ class Session:
         """Release the engine; may be called twice."""
         self._engine.close()
         self._text = None
+
+    def sibling(self) -> Session:
+        """Another session on this one's engine, for a video beside this one's.
+
+        It has its own KV cache and shares weights and what is known of their speed. Both may be used in turns
+        by one thread. Close it before this one.
+
+        Raises:
+            BackendError: the engine serves one video only.
+        """
+        if not isinstance(self._engine, SharableEngine):
+            raise BackendError(
+                f"{self._engine.path}: serves one video at a time; open an engine file"
+            )
+        other = Session(SharedEngine(self._engine), self._asked_join, self._threads)
+        other._costs = self._costs
+        return other
 
     def context(self, prompt: str) -> FloatArray:
         """Text embedding [1, tokens <= text_len, text_dim] of `prompt`.
@@ -198,6 +224,7 @@ class Session:
         deadline_ms: float | None = None,
         initial: FloatArray | None = None,
         refresh_every: int = 0,
+        plan: Plan | None = None,
     ) -> Stream:
         """As `generate`, from a text embedding instead of a prompt.
 
@@ -206,6 +233,7 @@ class Session:
             seed, frames, steps, first_steps, deadline_ms, refresh_every: as `generate`.
             latent_hw: latent (rows, columns), for an engine that fixes none.
             initial: clean latents that the video goes on from, float32 [B, whole blocks, C, h, w].
+            plan: in place of `steps`, `first_steps` and `deadline_ms`.
 
         Returns:
             blocks; their `frames` are None where the engine has no decoder or B is not 1.
@@ -222,7 +250,8 @@ class Session:
             latent_hw = (initial.shape[3], initial.shape[4])
         rows, columns = self._latent_hw(latent_hw)
         shape = (context.shape[0], total, manifest.model.in_dim, rows, columns)
-        plan = make_plan(manifest, steps, first_steps, deadline_ms, self._costs)
+        if plan is None:
+            plan = make_plan(manifest, steps, first_steps, deadline_ms, self._costs)
         request = Request(
             context=context,
             shape=shape,

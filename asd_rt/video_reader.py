@@ -97,6 +97,26 @@ def read_clip(source: str | Path | BinaryIO, manifest: Manifest, name: str = "")
     return np.stack(list(taken)[-kept:])
 
 
+def read_frames(path: str | Path, fps: float, size: tuple[int, int]) -> Iterator[Pixels]:
+    """All frames of a clip at `fps` a second, one by one; what is not said here is as in `read_clip`.
+
+    Args:
+        path: of the clip.
+        fps: frames a second that are wanted, whatever the file has.
+        size: (rows, columns) of every frame; the middle of larger ones is kept.
+
+    Returns:
+        uint8 [rows, columns, 3] each.
+
+    Raises:
+        MediaError: absent, no clip, damaged or too large; perhaps behind frames that were whole.
+    """
+    name = str(path)
+    with _opened(path, name) as container, _damage(name):
+        for frame in _at_rate(container, name, fps):
+            yield _fit(_upright(frame), size)[0]
+
+
 def _most_blocks(manifest: Manifest) -> int:
     """Blocks that the first generated one can see."""
     cache = manifest.cache

@@ -76,7 +76,7 @@ def execute(args: argparse.Namespace) -> Outcome:
     problems.raise_any()
     path, manifest = found or (Path(), None)
 
-    with open_session(path, threads) as session:
+    with open_session(path, threads, device=args.device) as session:
         result = session.replay(
             noise=tensors["noise"],
             context=tensors["context"],

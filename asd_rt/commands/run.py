@@ -149,7 +149,7 @@ def execute(args: argparse.Namespace) -> Outcome:
     problems.raise_any()
 
     begin = perf_counter()
-    with open_session(path, threads) as session:
+    with open_session(path, threads, device=args.device) as session:
         open_ms = (perf_counter() - begin) * 1e3
         video = Recording(session, args.out, frames or 0, scale or manifest.display_scale)
         asked = deadline.arguments(manifest)
