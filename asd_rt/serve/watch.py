@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 from contextlib import ExitStack
+from time import monotonic
 from typing import Any
 
 from starlette.websockets import WebSocket, WebSocketDisconnect
@@ -131,7 +132,11 @@ class Watcher:
             if isinstance(found, Piece):
                 jpegs = self._service.jpegs
                 images = await self._loop.run_in_executor(jpegs, to_jpeg, found.frames)
-                header = found.header | {"dropped": self._outbox.dropped}
+                header = found.header | {
+                    "dropped": self._outbox.dropped,
+                    "on_their_way": self._outbox.on_their_way,
+                    "age_ms": round((monotonic() - found.made_at) * 1e3, 3),
+                }
                 await self._socket.send_bytes(pack_block(header, images))
                 self._service.metrics.sent.inc(len(images))
                 continue
