@@ -39,10 +39,15 @@ async def watch(socket: WebSocket) -> None:
     client = socket.client.host if socket.client else ""
     offered = socket.scope.get("subprotocols", ())
     await socket.accept(SUBPROTOCOL if SUBPROTOCOL in offered else None)
-    with service.sockets.hold(client) as admitted, service.metrics.sockets.track_inprogress():
-        if not admitted:
+    with (
+        service.sockets.hold(client) as of_client,
+        service.all_sockets.hold("") as of_all,
+        service.metrics.sockets.track_inprogress(),
+    ):
+        if not (of_client and of_all):
             service.metrics.refused.labels("sockets").inc()
-            await _close(socket, FULL, "too many connections from your address; close some")
+            whose = "from your address; close some" if of_all else "in all; try again in a minute"
+            await _close(socket, FULL, f"too many connections {whose}")
             return
         watcher = Watcher(socket, service, client)
         try:
