@@ -28,7 +28,7 @@ from asd_rt.request import Request as Request
 from asd_rt.request import check_request
 from asd_rt.request import pad_context as pad_context
 from asd_rt.schedule import Schedule, Step, add_noise, flow_to_x0
-from asd_rt.steering import CleanBlocks, Switch
+from asd_rt.steering import CleanBlocks, Switch, check_refresh
 
 if TYPE_CHECKING:
     from asd_rt.backends.base import Denoiser
@@ -116,7 +116,7 @@ class FrameLoop:
             BackendError: the denoiser cannot serve these sizes.
         """
         check_request(request, cache.block_frames)
-        request.refresh.check(cache)
+        check_refresh(request.refresh_every, cache)
         self._denoiser = denoiser
         self._schedule = schedule
         self._request = request
@@ -127,6 +127,7 @@ class FrameLoop:
         self.slots = FrameSlots(cache, request.shape[1])
         self._before = 0  # frames before the first one that `slots` counts
         self._clean = CleanBlocks(cache.block_frames)
+        self._stale = False  # the first of them shows another prompt than the present one
         self._switches: deque[Switch] = deque()  # a queue, because another thread may fill it
         batch, frames, *rest = request.shape
         size = cache.block_frames
@@ -205,7 +206,8 @@ class FrameLoop:
         switch = None
         while self._switches:
             switch = self._switches.popleft()
-        refreshes = self._request.refresh.due(number)
+        every = self._request.refresh_every
+        refreshes = bool(every and number and number % every == 0)
         anew = refreshes or (switch is not None and switch.recache)
         if due is not None and not anew:
             if self.join and switch is None:
@@ -216,6 +218,7 @@ class FrameLoop:
         begin = perf_counter()
         if switch is not None:
             self._denoiser.set_prompt(switch.context)
+            self._stale = due is not None or len(self._clean) > 0
         if due is not None and anew:
             self._keep(due.latents)
         if refreshes:
@@ -227,8 +230,9 @@ class FrameLoop:
         return None, switch_ms
 
     def _refresh(self) -> None:
-        """Start the cache over with the blocks that the request's refresh keeps."""
-        kept = self._clean.kept(self._request.refresh.kind, self._cache)
+        """Start the cache over with the first block, or with nothing where that shows another prompt."""
+        kept = [] if self._stale else [self._clean[0]]
+        self._stale = False
         shown = self._before + self.slots.committed_frames
         self.slots = FrameSlots(self._cache, self._request.shape[1])
         self._clean = CleanBlocks(self._cache.block_frames)

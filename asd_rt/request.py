@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 
 from asd_rt.errors import ConfigError
 from asd_rt.plan import Plan
-from asd_rt.steering import Refresh
 
 FloatArray = NDArray[np.float32]
 
@@ -30,7 +29,7 @@ class Request:
             block `block`; what is missing is drawn from `seed`. Blocks count from the first initial one.
         initial: None or clean latents [B, whole blocks, C, h, w] that only fill the cache.
         commit_last: run the last block's cache pass too (to read the cache, or to go on from it).
-        refresh: when the cache starts over.
+        refresh_every: generated blocks after which the cache starts over; 0 = never.
     """
 
     context: FloatArray
@@ -41,7 +40,7 @@ class Request:
     renoise: Mapping[tuple[int, int], FloatArray] = field(default_factory=dict)
     initial: FloatArray | None = None
     commit_last: bool = False
-    refresh: Refresh = field(default_factory=Refresh)
+    refresh_every: int = 0
 
 
 def pad_context(context: FloatArray, text_len: int) -> FloatArray:

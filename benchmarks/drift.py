@@ -1,6 +1,6 @@
 """Does an endless video stay what it was? drift.json, .md, .png and a contact sheet, drift-frames.png.
 
-python -m benchmarks.drift --blocks 10000 --videos 1 --refresh never first:8 --out out
+python -m benchmarks.drift --blocks 10000 --videos 1 --refresh 0 8 --out out
 
 Videos of the tiny world, played by one stream in turns; every part of so many blocks is described by what the
 judge sees, by brightness, saturation and latents, and by time and memory. The judge is trained when it is not
@@ -15,7 +15,7 @@ import logging
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import matplotlib
 
@@ -33,7 +33,6 @@ from asd_rt.errors import AsdError, ConfigError
 from asd_rt.files import replacing
 from asd_rt.progress import Progress
 from asd_rt.session import Session
-from asd_rt.steering import Refresh, RefreshKind
 from benchmarks.contact_sheet import Row, draw_sheet
 from benchmarks.judge import NAMES, Judge, load_judge
 from benchmarks.latency import make_folder
@@ -56,23 +55,6 @@ PLOTTED = (
 )
 
 
-def read_refresh(text: str) -> Refresh:
-    """What "never", or KIND:BLOCKS, asks for.
-
-    Raises:
-        ConfigError: anything else.
-    """
-    kind, _, blocks = text.partition(":")
-    if text == "never":
-        return Refresh()
-    if kind not in get_args(RefreshKind) or not blocks.isdecimal() or not int(blocks):
-        raise ConfigError(
-            f"--refresh must be never, or one of {', '.join(get_args(RefreshKind))}, a colon and blocks, "
-            f"such as first:8; found {text!r}"
-        )
-    return Refresh(int(blocks), kind)
-
-
 def describe(judge: Judge, pairs: list[NDArray[np.float32]], labels: Tensor) -> dict[str, Any]:
     """What blocks show: `pairs` of [N, F, C, h, w], each two blocks of all N videos."""
     hits = np.stack([judge.hits(judge.frames(pair), labels) for pair in pairs])
@@ -93,7 +75,7 @@ def describe(judge: Judge, pairs: list[NDArray[np.float32]], labels: Tensor) -> 
 
 
 def play(
-    session: Session, judge: Judge, labels: Tensor, refresh: Refresh, args: argparse.Namespace
+    session: Session, judge: Judge, labels: Tensor, refresh_every: int, args: argparse.Namespace
 ) -> Iterator[tuple[dict[str, Any], NDArray[np.float32]]]:
     """A row for every part of the videos, and the latents of the part's first frame."""
     stream = session.generate_from(
@@ -101,8 +83,7 @@ def play(
         args.seed,
         0,
         args.steps,
-        refresh_every=refresh.every_blocks,
-        refresh=refresh.kind,
+        refresh_every=refresh_every,
     )
     ms: list[float] = []
     pairs: list[NDArray[np.float32]] = []
@@ -134,8 +115,9 @@ def measure(session: Session, judge: Judge, args: argparse.Namespace) -> dict[st
     generator = torch.Generator().manual_seed(args.seed)
     labels = random_labels(args.videos, generator)
     policies, shown = {}, []
-    for name in args.refresh:
-        parts = list(play(session, judge, labels, read_refresh(name), args))
+    for every in args.refresh:
+        name = f"every {every}" if every else "never"
+        parts = list(play(session, judge, labels, every, args))
         policies[name] = [row for row, _ in parts]
         picked = np.linspace(0, len(parts) - 1, min(SHEET_COLUMNS, len(parts))).round().astype(int)
         for i in range(min(3, args.videos)):
@@ -155,7 +137,7 @@ def markdown(report: dict[str, Any]) -> str:
         f"{report['videos']} videos of {report['blocks']} blocks, in parts of {report['part']}; right is "
         "what the judge sees of the prompt (digit, colour, axes of motion) in every second pair of blocks.",
         "",
-        "| refresh | part | all right | digit | colour | axes | bright | saturation | latents | ms | MB |",
+        "| refreshed | part | all right | digit | colour | axes | bright | saturation | latents | ms | MB |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, rows in report["policies"].items():
@@ -202,7 +184,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.drift",
         description="What long videos of the tiny world show, and what they take, part by part.",
-        epilog="example: python -m benchmarks.drift --blocks 2000 --refresh never first:8 --out out",
+        epilog="example: python -m benchmarks.drift --blocks 2000 --refresh 0 8 --out out",
     )
     parser.add_argument("--engine", type=Path, help="of the tiny student (default: the best here)")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder, made if absent")
@@ -213,13 +195,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, help="of later blocks (default: the engine's)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--refresh", nargs="+", default=["never", "first:8"], help="never, or KIND:BLOCKS"
+        "--refresh",
+        nargs="+",
+        type=int,
+        default=[0, 8],
+        help="blocks between refreshes, 0 = never; each is played",
     )
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
-        for name in args.refresh:
-            read_refresh(name)
         if not args.videos >= 1 or not JUDGED_EVERY <= args.part <= args.blocks:
             raise ConfigError(
                 f"--videos must be at least 1 and --part from {JUDGED_EVERY} to --blocks, found "

@@ -85,7 +85,6 @@ def test_of_two_prompts_before_a_block_the_last_counts(run) -> None:
         (("--prompt-at", "10:blue"), 1, "the last one begins at frame 9"),
         (("--recache",), 2, "--recache goes with --prompt-at"),
         (("--show-start",), 2, "--show-start goes with"),
-        (("--refresh", "first"), 2, "--refresh goes with"),
         (("--refresh-every", "0"), 2, "--refresh-every must be"),
         (("--image", "none.png"), 1, "none.png: cannot be read (No such file"),
         (("--video", "none.mp4"), 1, "none.mp4: cannot be read (No such file"),
@@ -140,11 +139,9 @@ def test_a_clip_to_go_on_from(run, tmp_path) -> None:
 
 
 def test_refreshes_are_reported(run) -> None:
-    code, report, _ = run(
-        "--prompt", RED, "--frames", 15, "--refresh-every", 2, "--refresh", "last"
-    )
+    code, report, _ = run("--prompt", RED, "--frames", 15, "--refresh-every", 2)
     assert code == 0
-    assert report["refresh"] == {"every_blocks": 2, "kept": "last"}
+    assert report["refresh_every_blocks"] == 2
     expected = [False, False, True, False, True]
     assert [b["switch_ms"] is not None for b in report["blocks"]] == expected
 

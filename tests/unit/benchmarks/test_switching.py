@@ -11,7 +11,6 @@ import torch
 
 import asd_rt
 from asd_rt.errors import ConfigError
-from asd_rt.steering import Refresh
 from benchmarks import drift, switching
 from benchmarks.judge import Judge, load_judge
 from train.evaluate import same_axes
@@ -84,20 +83,9 @@ def test_the_command_on_two_switches(hasty: None, tmp_path: Path, capsys) -> Non
     assert (tmp_path / "switching.png").stat().st_size > 10_000
 
 
-@pytest.mark.parametrize("text", ["sometimes", "first", "first:0", "first:x", "some:3", "first:-1"])
-def test_refreshes_that_are_none(text: str) -> None:
-    with pytest.raises(ConfigError, match="--refresh must be never, or one of"):
-        drift.read_refresh(text)
-
-
-def test_refreshes() -> None:
-    assert drift.read_refresh("never") == Refresh()
-    assert drift.read_refresh("last:12") == Refresh(12, "last")
-
-
 def test_drift_of_few_blocks(hasty: None, tmp_path: Path, capsys) -> None:
     flags = ["--engine", TINY, "--blocks", "16", "--part", "8", "--videos", "2", "--out"]
-    assert drift.main([*flags, str(tmp_path), "--refresh", "never", "first:3"]) == 0
+    assert drift.main([*flags, str(tmp_path), "--refresh", "0", "3"]) == 0
     report = json.loads((tmp_path / "drift.json").read_text())
     for rows in report["policies"].values():
         assert [row["at"] for row in rows] == [8, 16]
@@ -110,5 +98,8 @@ def test_drift_of_few_blocks(hasty: None, tmp_path: Path, capsys) -> None:
     assert (tmp_path / "drift.md").read_text() in capsys.readouterr().out
     for name in ("drift.png", "drift-frames.png"):
         assert (tmp_path / name).stat().st_size > 10_000
+    assert list(report["policies"]) == ["never", "every 3"]
+    assert drift.main([*flags, str(tmp_path), "--refresh", "-1"]) == 1
+    assert "refresh-every must be" in capsys.readouterr().err
     assert drift.main([*flags, str(tmp_path), "--part", "32"]) == 1
     assert "error: --videos must be" in capsys.readouterr().err
