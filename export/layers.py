@@ -66,16 +66,23 @@ def read_layers(messages: Iterable[str]) -> tuple[Layer, ...]:
     """Layers named in the messages of a detailed build log, in order; one message may list them all."""
     lines = (line for text in messages if "LayerType: " in text for line in text.splitlines())
     found = (_FIELDS.search(line) for line in lines)
-    return tuple(_layer(match) for match in found if match)
 
+    def types(match: re.Match[str], side: str) -> tuple[str, ...]:
+        return tuple(_TYPE.findall(match[side] or ""))
 
-def _layer(match: re.Match[str]) -> Layer:
-    inputs, constants, outputs = (
-        tuple(_TYPE.findall(match[side] or "")) for side in ("inputs", "constants", "outputs")
+    return tuple(
+        Layer(
+            match["name"].strip(),
+            match["type"].strip(),
+            types(match, "inputs"),
+            types(match, "constants"),
+            types(match, "outputs"),
+            match["tactic"].strip(),
+            tuple(_ORIGIN.findall(match["origin"])),
+        )
+        for match in found
+        if match
     )
-    origin = tuple(_ORIGIN.findall(match["origin"]))
-    name, kind, tactic = (match[key].strip() for key in ("name", "type", "tactic"))
-    return Layer(name, kind, inputs, constants, outputs, tactic, origin)
 
 
 def attention_nodes(graph: onnx.GraphProto) -> list[str]:

@@ -328,7 +328,7 @@ def refused(error: type[AsdError], told: str, path: Path, manifest: Manifest) ->
 def test_a_batch_is_refused(toy: Any, machine: Callable[..., FakeCuda]) -> None:
     machine()
     engine = open_engine(toy.path, as_plan(toy.manifest))
-    with pytest.raises(BackendError, match="one video at a time, found a batch of 2"):
+    with pytest.raises(BackendError, match="one video at a time on a card, found a batch of 2"):
         engine.denoiser.prepare(2, (4, 2), 6)
 
 

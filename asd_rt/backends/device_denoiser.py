@@ -1,7 +1,8 @@
-"""Passes of a TensorRT engine: a KV cache on the device, and one CUDA graph for each length of it.
+"""Passes on a card: a KV cache on the device, and one context for each length of it.
 
-What a pass reads and writes lies at one address for as long as the cache has its size, so that a pass over so
-many cached frames is captured once and replayed from then on. The host waits once a pass, for its result.
+What a pass reads and writes lies at one address for as long as the cache has its size, so that TensorRT
+captures a pass over so many cached frames once, as a CUDA graph, and replays it from then on. The host waits
+once a pass, for its result.
 """
 
 from __future__ import annotations
@@ -14,13 +15,12 @@ import numpy as np
 
 from asd_rt.backends.base import FloatArray
 from asd_rt.backends.cuda import Binding, DeviceArray
-from asd_rt.backends.tensorrt_part import TrtContext
 from asd_rt.errors import BackendError
 from asd_rt.kv_cache import Move
 from asd_rt.rope import rope_table
 
 if TYPE_CHECKING:
-    from asd_rt.backends.tensorrt import TrtEngine
+    from asd_rt.backends.device import DeviceContext, DeviceEngine
 
 # numpy has no bfloat16: its bits are read as integers.
 _KV_TYPES = {"float16": np.float16, "float32": np.float32, "bfloat16": np.uint16}
@@ -30,17 +30,17 @@ _KV_TYPES = {"float16": np.float16, "float32": np.float32, "bfloat16": np.uint16
 class _Pass:
     """A pass of so many frames behind so many: its context, and where it is read from and written to."""
 
-    context: TrtContext
+    context: DeviceContext
     latents: DeviceArray
     rope: dict[str, DeviceArray]
     flow: int
     frames: range = range(0)  # that `rope` holds
 
 
-class TrtDenoiser:
+class DeviceDenoiser:
     """See `asd_rt.backends.base.Denoiser`."""
 
-    def __init__(self, engine: TrtEngine) -> None:
+    def __init__(self, engine: DeviceEngine) -> None:
         self._engine, self._cuda = engine, engine.cuda
         model = engine.manifest.model
         self._model, self._layers = model, range(model.num_layers)
@@ -67,7 +67,7 @@ class TrtDenoiser:
             )
         if batch != 1:
             raise BackendError(
-                f"{self._engine.path}: a plan serves one video at a time, found a batch of {batch}"
+                f"{self._engine.path}: serves one video at a time on a card, found a batch of {batch}"
             )
         self._has_prompt = False
         geometry = (batch, *latent_hw, capacity_frames)
@@ -207,7 +207,7 @@ class TrtDenoiser:
         past_frames: int,
         hidden: Sequence[int],
     ) -> FloatArray:
-        raise BackendError(f"{self._engine.path}: plans have no joined pass")
+        raise BackendError(f"{self._engine.path}: there is no joined pass on a card")
 
     def move(self, moves: Sequence[Move]) -> None:
         size = self._frame_tokens * self._token_bytes

@@ -1,4 +1,4 @@
-"""A codec part as TensorRT plans: two sets of feature caches on the device that swap roles after each step.
+"""A codec part on a card: two sets of feature caches on the device that swap roles after each step.
 
 TensorRT promises nothing where an input and an output share memory, so new caches go into the other set.
 """
@@ -15,13 +15,13 @@ from asd_rt.backends.cuda import Binding, DeviceArray
 from asd_rt.decoding import NEW, SIDES, STATE, frame_size, resolve_shape
 
 if TYPE_CHECKING:
-    from asd_rt.backends.tensorrt import TrtEngine
+    from asd_rt.backends.device import DeviceEngine
 
 
-class TrtCodecStream:
+class DeviceCodecStream:
     """See `asd_rt.backends.base.CodecStream`."""
 
-    def __init__(self, engine: TrtEngine, part: str, latent_hw: tuple[int, int]) -> None:
+    def __init__(self, engine: DeviceEngine, part: str, latent_hw: tuple[int, int]) -> None:
         """The stream of `part` ("decoder" or "encoder")."""
         self._engine, self._part = engine, part
         self._input, self._output = SIDES[part]
