@@ -6,12 +6,12 @@ import argparse
 import os
 from dataclasses import replace
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING
 
 from asd_rt.commands.common import Outcome, Problems, add_engine, find_engine
 from asd_rt.errors import BackendError
 from asd_rt.session import open_session
-from asd_rt.steering import Refresh, RefreshKind
+from asd_rt.steering import check_refresh
 
 if TYPE_CHECKING:
     from socket import socket
@@ -59,13 +59,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--refresh-every",
         metavar="N",
-        help="the cache of a live video starts over every N blocks, against drift (default: never)",
-    )
-    parser.add_argument(
-        "--refresh",
-        choices=get_args(RefreshKind),
-        default="first",
-        help="what it keeps then (default: first, the video's first block)",
+        help="the cache of a live video starts over from its first block every N blocks, against drift "
+        "(default: never)",
     )
     parser.add_argument(
         "--allow-origin",
@@ -108,8 +103,8 @@ def execute(args: argparse.Namespace) -> Outcome:
     found = find_engine(problems, args.engine)
     if found:
         with problems.collect():
-            refresh = Refresh(refresh_every or 0, args.refresh)
-            plan = replace(plan_pool(*found, sessions, size), refresh=refresh)
+            plan = replace(plan_pool(*found, sessions, size), refresh_every=refresh_every or 0)
+            check_refresh(plan.refresh_every, found[1].cache)
     problems.raise_any()
     path = found[0]  # type: ignore[index]
     limits = Limits(

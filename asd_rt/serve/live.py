@@ -193,8 +193,7 @@ class LiveVideo:
             self._pool.live_frames,
             latent_hw=self._pool.latent_hw,
             initial=None if self._start is None else session.start_latents(self._start),
-            refresh_every=self._pool.refresh.every_blocks,
-            refresh=self._pool.refresh.kind,
+            refresh_every=self._pool.refresh_every,
             plan=self._plan,
         )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
@@ -14,7 +14,6 @@ from asd_rt.machine import available_memory_bytes
 from asd_rt.manifest import Manifest
 from asd_rt.planner import is_large, plan_memory, video_of
 from asd_rt.session import FloatArray, Session
-from asd_rt.steering import Refresh
 
 MOST_SESSIONS = 8  # where nobody asks for a number
 LEARNING_MS = 1e6  # a deadline that is never missed
@@ -32,7 +31,7 @@ class PoolPlan:
         live_frames: latent frames of a live video; 0 = endless.
         place_bytes: memory of a place.
         shared_bytes: memory of what all share.
-        refresh: when the caches of live videos start over.
+        refresh_every: blocks after which the cache of a live video starts over; 0 = never.
     """
 
     sessions: int
@@ -40,7 +39,7 @@ class PoolPlan:
     live_frames: int
     place_bytes: int
     shared_bytes: int
-    refresh: Refresh = field(default_factory=Refresh)
+    refresh_every: int = 0
 
 
 def plan_pool(
@@ -136,8 +135,7 @@ class Pool:
                 frames=self.plan.live_frames,
                 latent_hw=self.plan.latent_hw,
                 deadline_ms=None if i else LEARNING_MS,
-                refresh_every=self.plan.refresh.every_blocks,
-                refresh=self.plan.refresh.kind,
+                refresh_every=self.plan.refresh_every,
             )
             for _ in zip(range(blocks), stream, strict=False):
                 pass
