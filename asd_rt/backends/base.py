@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -12,9 +13,10 @@ from numpy.typing import NDArray
 from asd_rt.errors import BackendError
 from asd_rt.fitting import MIN_LATENT, check_fits
 from asd_rt.kv_cache import Move
-from asd_rt.manifest import Manifest, late_parts, read_manifest, verify
+from asd_rt.manifest import Manifest, accuracy_warning, late_parts, read_manifest, verify
 
 FloatArray = NDArray[np.float32]
+_log = logging.getLogger(__name__)
 
 
 class Denoiser(Protocol):
@@ -160,6 +162,9 @@ def open_backend(path: str | Path, threads: int | None = None) -> Engine:
     # The least that it will ever need; what a video needs is checked when one is asked for.
     check_fits(engine, manifest, 1, manifest.latent_hw or (MIN_LATENT, MIN_LATENT))
     verify(engine, manifest, skip=late_parts(manifest))
+    warning = accuracy_warning(engine, manifest)
+    if warning:
+        _log.warning("%s", warning)
     if manifest.backend == "onnx":
         from asd_rt.backends import ort
 

@@ -1,0 +1,275 @@
+"""Where in the network an engine's error arises: products and blocks of its graph beside torch's layers.
+
+The graph of the denoiser gets the tensors in question as further outputs and runs on what the engine runs
+on. They are found by the names of the biases that the exporter keeps: "blocks.3.down.bias" is added to the
+product of block 3's second feed-forward layer.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import onnx
+import torch
+from onnx import TensorProto, helper, shape_inference
+from torch import Tensor, nn
+
+from asd_rt.backends.ort import OrtEngine, open_engine
+from asd_rt.errors import EngineError
+from asd_rt.manifest import Manifest, TensorSpec
+from export.metrics import Array, relative_l2, short
+from export.passes import checkpoint_cases, run_part
+from export.quantize import LAYERS
+from train.checkpoint import Checkpoint
+from train.model import WanModel
+
+TRANSPARENT = ("Cast", "QuantizeLinear", "DequantizeLinear")  # between an input and its product
+OUTPUT = "output"  # of a block: the residual stream behind it
+_DTYPES = {TensorProto.FLOAT: "float32", TensorProto.FLOAT16: "float16"}
+
+
+@dataclass(frozen=True)
+class LayerError:
+    """Relative L2 against float32 torch, the worst over all passes.
+
+    Attributes:
+        name: "blocks.3.ffn.down"; "blocks.3.output" is the residual stream behind the block.
+        error: of its output, with all that came before.
+        own: of its output against torch's on the very input that the engine gave it: what arises in it;
+            None where that is not known (the stream, and inputs that the engine scales).
+    """
+
+    name: str
+    error: float
+    own: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """For reports; what is not finite is null."""
+        return {"name": self.name, "error": short(self.error), "own": short(self.own)}
+
+
+@dataclass(frozen=True)
+class Tap:
+    """Tensors of the graph at one layer: its output and, of a product, its input."""
+
+    output: str
+    input: str | None = None
+
+
+def find_taps(graph: onnx.GraphProto) -> dict[str, Tap]:
+    """Products of every block and the stream behind it, by name, in the order of the network.
+
+    Raises:
+        EngineError: the graph is not one of ours.
+    """
+    makers = {name: node for node in graph.node for name in node.output}
+    readers: dict[str, list[onnx.NodeProto]] = {}
+    for node in graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    taps: dict[str, Tap] = {}
+    index = 0
+    while f"blocks.{index}.down.bias" in readers:
+        for name in LAYERS:
+            taps[f"blocks.{index}.{name}"] = _product(
+                f"blocks.{index}.{name.removeprefix('ffn.')}.bias", readers, makers
+            )
+        last = taps[f"blocks.{index}.ffn.down"].output
+        taps[f"blocks.{index}.{OUTPUT}"] = Tap(_next_sum(last, readers))
+        index += 1
+    if not index:
+        raise EngineError(f"{graph.name}: no layer is named blocks.N.down; build the engine again")
+    taps["head"] = _product("head.bias", readers, makers)
+    return taps
+
+
+def _product(
+    bias: str,
+    readers: Mapping[str, list[onnx.NodeProto]],
+    makers: Mapping[str, onnx.NodeProto],
+) -> Tap:
+    """The product that `bias` is added to."""
+    if bias not in readers:
+        raise EngineError(f"the graph has no {bias}; build the engine again")
+    node = readers[bias][0]
+    product = next(makers[n] for n in node.input if n in makers and n != bias)
+    given = product.input[0]
+    while given in makers and makers[given].op_type in TRANSPARENT:
+        given = makers[given].input[0]
+    return Tap(node.output[0], given)
+
+
+def _next_sum(name: str, readers: Mapping[str, list[onnx.NodeProto]]) -> str:
+    """The first sum that a branch's result goes into: the residual stream behind it."""
+    while True:
+        (node,) = readers[name]
+        name = node.output[0]
+        if node.op_type == "Add":
+            return name
+
+
+@contextmanager
+def exposed(path: Path, manifest: Manifest) -> Iterator[tuple[OrtEngine, dict[str, Tap]]]:
+    """The engine at `path` with the tensors of its taps as outputs of the denoiser, in a folder of its own.
+
+    Raises:
+        EngineError: its graph is not one of ours, or cannot be opened.
+    """
+    model = onnx.load(path, load_external_data=False)
+    taps = find_taps(model.graph)
+    names = dict.fromkeys(n for tap in taps.values() for n in (tap.input, tap.output) if n)
+    graph = shape_inference.infer_shapes(model).graph
+    types = {v.name: v.type.tensor_type.elem_type for v in graph.value_info}
+    types |= {v.name: v.type.tensor_type.elem_type for v in graph.output}
+    part = manifest.parts["denoiser"]
+    more = {}
+    for name in names:
+        if types.get(name) not in _DTYPES:
+            raise EngineError(f"{path}: the type of {name} is not known; build the engine again")
+        if name not in part.outputs:
+            more[name] = TensorSpec(_DTYPES[types[name]], (1, "T", "dim"))
+            model.graph.output.append(helper.make_tensor_value_info(name, types[name], None))
+    needed = [name for name in ("weights", "time", "prompt") if name in manifest.parts]
+    parts = {name: manifest.parts[name] for name in needed}
+    parts["denoiser"] = replace(part, outputs={**part.outputs, **more})
+    shown = replace(manifest, parts=parts, tokenizer=None, codec=None, sources={})
+    with tempfile.TemporaryDirectory(prefix="asd-layers-") as name:
+        folder = Path(name)
+        for one in needed:
+            file = manifest.parts[one].file
+            _link(path.parent / file, folder / file)
+        onnx.save(model, folder / path.name)
+        engine = open_engine(folder / path.name, shown)
+        try:
+            yield engine, taps
+        finally:
+            engine.close()
+
+
+def _link(source: Path, target: Path) -> None:
+    """The same file under another name, copied where the file system cannot do better."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+class _Watched:
+    """What torch's layers gave in the last pass."""
+
+    def __init__(self, model: WanModel) -> None:
+        self.outputs: dict[str, Tensor] = {}
+        self.linears: dict[str, list[nn.Linear]] = {}
+        self._handles = []
+        for i, block in enumerate(model.blocks):
+            for name, sources in LAYERS.items():
+                found = [cast(nn.Linear, block.get_submodule(source)) for source in sources]
+                self._watch(f"blocks.{i}.{name}", found)
+            self._handles.append(block.register_forward_hook(self._stream(f"blocks.{i}.{OUTPUT}")))
+        self._watch("head", [cast(nn.Linear, model.head.head)])
+
+    def _watch(self, name: str, linears: list[nn.Linear]) -> None:
+        self.linears[name] = linears
+        for index, linear in enumerate(linears):
+            self._handles.append(linear.register_forward_hook(self._keep(f"{name}:{index}")))
+
+    def _keep(self, key: str) -> Any:
+        return lambda _, inputs, output: self.outputs.__setitem__(key, output)
+
+    def _stream(self, key: str) -> Any:
+        return lambda _, inputs, output: self.outputs.__setitem__(key, output[0])
+
+    def output(self, name: str) -> Array:
+        """As the engine lays it out: [1, T, channels]."""
+        if name in self.outputs:
+            found = self.outputs[name]
+        else:
+            count = len(self.linears[name])
+            found = torch.cat([self.outputs[f"{name}:{i}"] for i in range(count)], dim=-1)
+        return found.reshape(1, -1, found.shape[-1]).numpy()
+
+    def on(self, name: str, given: Array) -> Array | None:
+        """torch's output of a product on another input; None where it does not fit."""
+        linears = self.linears[name]
+        if given.shape[-1] != linears[0].in_features:
+            return None
+        x = torch.from_numpy(given.astype(np.float32))
+        return torch.cat([linear(x) for linear in linears], dim=-1).numpy()
+
+    def close(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+@torch.inference_mode()
+def measure_layers(
+    path: Path, manifest: Manifest, checkpoint: Checkpoint, model: WanModel
+) -> list[LayerError]:
+    """Errors of all products and blocks, in the order of the network, over the passes of the build's gate.
+
+    Args:
+        path: the denoiser of an ONNX engine, beside its other files.
+        manifest: of the engine; a large network's with `latent_hw` None.
+        checkpoint: what it was exported from.
+        model: `checkpoint.build_model()`.
+
+    Raises:
+        EngineError: the graph does not name its layers as the exporter does.
+    """
+    worst: dict[str, LayerError] = {}
+    watched = _Watched(model)
+    try:
+        with exposed(path, manifest) as (engine, taps):
+            for case in checkpoint_cases(manifest, checkpoint, model):
+                if case.part != "denoiser":
+                    continue
+                found = run_part(engine, "denoiser", case.inputs)
+                for name, tap in taps.items():
+                    here = _compare(name, tap, found, watched)
+                    before = worst.get(name, here)
+                    worst[name] = LayerError(
+                        name, max(before.error, here.error), _larger(before.own, here.own)
+                    )
+    finally:
+        watched.close()
+    return list(worst.values())
+
+
+def _compare(name: str, tap: Tap, found: Mapping[str, Array], watched: _Watched) -> LayerError:
+    output = found[tap.output]
+    error = relative_l2(output.reshape(1, -1, output.shape[-1]), watched.output(name))
+    if tap.input is None:
+        return LayerError(name, error)
+    expected = watched.on(name, found[tap.input])
+    if expected is None or not np.isfinite(expected).all():
+        return LayerError(name, error)
+    own = relative_l2(output.reshape(expected.shape), expected)
+    return LayerError(name, error, own)
+
+
+def _larger(one: float | None, other: float | None) -> float | None:
+    known = [value for value in (one, other) if value is not None]
+    return max(known) if known else None
+
+
+def worst_layer(layers: list[LayerError]) -> str:
+    """The layer to blame, in a few words: the first that is not finite, else where most arises."""
+    for layer in layers:
+        if not np.isfinite(layer.error):
+            before = (
+                "" if layer.own is not None or layer.name.endswith(OUTPUT) else "what goes into "
+            )
+            return f"{before}{layer.name} is the first that is not finite"
+    own = [layer for layer in layers if layer.own is not None]
+    if not own:
+        return f"{max(layers, key=lambda layer: layer.error).name} is the worst layer"
+    layer = max(own, key=lambda layer: layer.own or 0.0)
+    return f"most arises in {layer.name} ({layer.own:.1e} of its output)"
