@@ -1,8 +1,8 @@
 """Where in the network an engine's error arises: products and blocks of its graph beside torch's layers.
 
 The graph of the denoiser gets the tensors in question as further outputs and runs on what the engine runs
-on. They are found by the names of the biases that the exporter keeps: "blocks.3.down.bias" is added to the
-product of block 3's second feed-forward layer.
+on. They are found by the names of weights, which the exporter keeps: "blocks.3.down.weight" is that of block
+3's second feed-forward layer.
 """
 
 from __future__ import annotations
@@ -75,36 +75,38 @@ def find_taps(graph: onnx.GraphProto) -> dict[str, Tap]:
     for node in graph.node:
         for name in node.input:
             readers.setdefault(name, []).append(node)
+    products: dict[str, Tap] = {}
+    for node in graph.node:
+        if node.op_type != "MatMul":
+            continue
+        layer, found, _ = _origin(node.input[1], makers).partition(".weight")
+        if found:
+            (biased,) = readers[node.output[0]]
+            products[layer] = Tap(biased.output[0], _origin(node.input[0], makers))
     taps: dict[str, Tap] = {}
     index = 0
-    while f"blocks.{index}.down.bias" in readers:
-        for name in LAYERS:
-            taps[f"blocks.{index}.{name}"] = _product(
-                f"blocks.{index}.{name.removeprefix('ffn.')}.bias", readers, makers
-            )
-        last = taps[f"blocks.{index}.ffn.down"].output
-        taps[f"blocks.{index}.{OUTPUT}"] = Tap(_next_sum(last, readers))
-        index += 1
-    if not index:
-        raise EngineError(f"{graph.name}: no layer is named blocks.N.down; build the engine again")
-    taps["head"] = _product("head.bias", readers, makers)
+    try:
+        while not index or f"blocks.{index}.down" in products:
+            for name in LAYERS:
+                taps[f"blocks.{index}.{name}"] = products[
+                    f"blocks.{index}.{name.removeprefix('ffn.')}"
+                ]
+            last = taps[f"blocks.{index}.ffn.down"].output
+            taps[f"blocks.{index}.{OUTPUT}"] = Tap(_next_sum(last, readers))
+            index += 1
+        taps["head"] = products["head"]
+    except KeyError as error:
+        raise EngineError(
+            f"{graph.name}: has no product with the weight {error.args[0]}.weight; build the engine again"
+        ) from error
     return taps
 
 
-def _product(
-    bias: str,
-    readers: Mapping[str, list[onnx.NodeProto]],
-    makers: Mapping[str, onnx.NodeProto],
-) -> Tap:
-    """The product that `bias` is added to."""
-    if bias not in readers:
-        raise EngineError(f"the graph has no {bias}; build the engine again")
-    node = readers[bias][0]
-    product = next(makers[n] for n in node.input if n in makers and n != bias)
-    given = product.input[0]
-    while given in makers and makers[given].op_type in TRANSPARENT:
-        given = makers[given].input[0]
-    return Tap(node.output[0], given)
+def _origin(name: str, makers: Mapping[str, onnx.NodeProto]) -> str:
+    """The tensor that `name` is another form of."""
+    while name in makers and makers[name].op_type in TRANSPARENT:
+        name = makers[name].input[0]
+    return name
 
 
 def _next_sum(name: str, readers: Mapping[str, list[onnx.NodeProto]]) -> str:
@@ -174,7 +176,7 @@ class _Watched:
                 found = [cast(nn.Linear, block.get_submodule(source)) for source in sources]
                 self._watch(f"blocks.{i}.{name}", found)
             self._handles.append(block.register_forward_hook(self._stream(f"blocks.{i}.{OUTPUT}")))
-        self._watch("head", [cast(nn.Linear, model.head.head)])
+        self._watch("head", [model.head.head])
 
     def _watch(self, name: str, linears: list[nn.Linear]) -> None:
         self.linears[name] = linears

@@ -210,8 +210,8 @@ def _measure_passes(engine: OrtEngine, checkpoint: Checkpoint, model: WanModel) 
             found = run_part(engine, "decoder", {"latents": latents})
             note("decoder", worst_error(found, {"frames": frames}))
             found = run_part(engine, "encoder", {"frames": frames})
-            expected = checkpoint.codec.encode((frames + 1) / 2)
-            note("encoder", worst_error(found, {"latents": expected}))
+            encoded = checkpoint.codec.encode((frames + 1) / 2)
+            note("encoder", worst_error(found, {"latents": encoded}))
     return worst
 
 

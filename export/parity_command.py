@@ -156,7 +156,8 @@ def _entry(
         log.warning("%s: cannot run here, so these are its build's figures (%s)", path, error)
         return make_entry(path.name, manifest, manifest.parity)
     engine.close()
-    figures, layers = dict(manifest.parity), ()
+    figures: dict[str, Any] = dict(manifest.parity)
+    layers: Sequence[LayerError] = ()
     if manifest.backend == "onnx":
         figures, layers = _gate_figures(path, manifest, reference, args.layers)
     elif args.layers:

@@ -32,7 +32,7 @@ def _save(plt: Any, figure: Any, axes: Any, title: str, path: Path) -> None:
     axes.set_axisbelow(True)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    axes.legend(frameon=False, fontsize=8)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png")
     plt.close(figure)

@@ -118,8 +118,8 @@ def _semantics(judged: Sequence[Entry]) -> list[str]:
         "| engine | score | digit | colour | direction | all right, first 12 frames | last 12 | difference |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
-    names = ("score", "digit", "colour", "direction")
-    names += ("all_right_first_frames", "all_right_last_frames")
+    names = ["score", "digit", "colour", "direction"]
+    names += ["all_right_first_frames", "all_right_last_frames"]
     rows = [("float32 torch", told["torch"], "")]
     for entry in judged:
         found = entry["semantics"]

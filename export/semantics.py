@@ -27,7 +27,7 @@ from export.drift import play
 from train.checkpoint import Checkpoint
 from train.classifier import Classifier, ClassifierStage
 from train.codec import LinearCodec
-from train.config import fingerprint, load_config
+from train.config import TrainConfig, fingerprint, load_config
 from train.evaluate import ATTRIBUTES, BOOTSTRAP, judge, same_axes
 from train.stage import load_torch, run_stage
 from train.tiny_world import label_tokens, random_labels, vocabulary
@@ -52,7 +52,8 @@ class Marks:
     @property
     def score(self) -> NDArray[np.float64]:
         """Share of right answers of each video, the semantic score."""
-        return self.right.mean(axis=(1, 2))
+        share: NDArray[np.float64] = self.right.mean(axis=(1, 2))
+        return share
 
     def to_json(self) -> dict[str, Any]:
         """For reports."""
@@ -77,14 +78,19 @@ def is_tiny_world(checkpoint: Checkpoint) -> bool:
     )
 
 
-def trained_judge(codec: LinearCodec) -> Classifier:
+def trained_judge(codec: LinearCodec, config: TrainConfig | None = None) -> Classifier:
     """The judge for videos through `codec`, from the cache folder, or trained now, with a progress bar.
+
+    Args:
+        codec: of the student.
+        config: the recipe; None = the shipped student's.
 
     Raises:
         OutputError: there is no cache folder.
         AsdError: what is kept there is damaged.
     """
-    config = load_config(Path(next(iter(train.__path__))) / "configs" / "tiny.toml")
+    if config is None:
+        config = load_config(Path(next(iter(train.__path__))) / "configs" / "tiny.toml")
     known = hashlib.sha256(codec.encoder.numpy().tobytes() + codec.decoder.numpy().tobytes())
     mark = f"{fingerprint(config, JUDGE_SEED, 'classifier')}-{known.hexdigest()[:8]}"
     cache = cache_folder()
@@ -115,7 +121,7 @@ def show(
     labels = random_labels(prompts, torch.Generator().manual_seed(PROMPTS_SEED))
     size = manifest.cache.block_frames
     blocks = -(-FRAMES // size)
-    batches = labels.split(BATCH)
+    batches = [labels[i : i + BATCH] for i in range(0, prompts, BATCH)]
     found = []
     with Progress(f"{name}: judged videos", len(batches) * blocks) as progress:
         for number, asked in enumerate(batches):
@@ -134,7 +140,8 @@ def show(
 def _mark(classifier: Classifier, frames: Tensor, asked: Tensor) -> NDArray[np.bool_]:
     """Frames [B, FRAMES, 3, 32, 32] and what was asked for [B, 3] -> bool [B, FRAMES / CLIP, 3]."""
     marks = []
-    for number, clip in enumerate(frames.split(CLIP, dim=1)):
+    for number in range(FRAMES // CLIP):
+        clip = frames[:, number * CLIP : (number + 1) * CLIP]
         seen, _ = judge(classifier, clip.nan_to_num())
         right = (seen == asked).numpy()
         if number:
