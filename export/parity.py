@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,8 @@ from asd_rt.planner import is_large
 from asd_rt.schedule import Schedule
 from asd_rt.session import Replay, Session
 from export.drift import Drift, build_blocks, longest, measure_drift
-from export.layers import LayerError, measure_layers, worst_layer
+from export.exact_half import as_on_a_card, is_half
+from export.layer_errors import LayerError, measure_layers, worst_layer
 from export.metrics import Array, relative_l2, short
 from export.passes import (
     PLAN,
@@ -108,19 +110,14 @@ def measure(
     if large:  # of any latent size, see export.engine: what is costly is measured at a small one
         manifest = replace(manifest, latent_hw=None)
     reference = TorchEngine(checkpoint, manifest, model)
-    engine = open_engine(path, manifest)
-    try:
-        device = engine.device
-        if manifest.runtime == "openvino" and not bf16_instructions():
-            device += ", in float32 for want of bfloat16 instructions"
+    drift = None
+    with opened(path, manifest) as engine:
+        device = _device(engine)
         passes = _measure_passes(engine, checkpoint, model)
         rollout = _measure_rollout(engine, checkpoint, reference)
-        drift = None
         if blocks != 0:
             count = build_blocks(manifest) if blocks is None else longest(manifest, blocks)
             drift, _ = measure_drift(engine, reference, checkpoint, count)
-    finally:
-        engine.close()
     failed = _failures(passes, rollout, budget)
     layers = measure_layers(path, manifest, checkpoint, model) if failed else []
     figures = {
@@ -135,6 +132,26 @@ def measure(
     }
     worst = max(passes.values()), max(rollout.values())
     return Gate(figures, drift, tuple(layers), *worst)
+
+
+@contextmanager
+def opened(path: Path, manifest: Manifest) -> Iterator[OrtEngine]:
+    """An ONNX engine to be measured, computing as it does where it will run; closed in the end."""
+    with as_on_a_card(path, manifest) as file:
+        engine = open_engine(file, manifest)
+        try:
+            yield engine
+        finally:
+            engine.close()
+
+
+def _device(engine: OrtEngine) -> str:
+    """What an engine is measured with, and in which arithmetic where that is another than it says."""
+    if is_half(engine.manifest):
+        return f"{engine.device}, every result rounded to float16"
+    if engine.manifest.runtime == "openvino" and not bf16_instructions():
+        return f"{engine.device}, in float32 for want of bfloat16 instructions"
+    return engine.device
 
 
 def accept(name: str, gate: Gate, allow_inaccurate: bool) -> None:

@@ -17,14 +17,13 @@ from asd_rt.manifest import Manifest, late_parts, read_manifest, verify
 from asd_rt.planner import is_large
 from export.build import Parser, default_checkpoint
 from export.drift import Drift, longest, measure_drift
-from export.layers import LayerError, measure_layers
-from export.parity import measure
+from export.layer_errors import LayerError, measure_layers
+from export.parity import measure, opened
 from export.parity_plot import plot_frames, plot_layers
 from export.parity_report import make_entry, markdown, write_report
 from export.reference import TorchEngine
-from export.semantics import Marks, compare, is_tiny_world, show, trained_judge
+from export.samples import is_tiny_world
 from train.checkpoint import Checkpoint, load_checkpoint
-from train.classifier import Classifier
 from train.model import WanModel
 
 BLOCKS, PROMPTS = 200, 64
@@ -75,8 +74,8 @@ class _Reference:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
         self.model: WanModel = checkpoint.build_model()
-        self.classifier: Classifier | None = None
-        self._marks: dict[str, Marks] = {}
+        self._judge: Any = None
+        self._marks: dict[str, Any] = {}
         self._latents: dict[str, FloatArray] = {}
 
     def engine(self, manifest: Manifest) -> TorchEngine:
@@ -95,17 +94,25 @@ class _Reference:
 
     def semantics(self, engine: Engine, prompts: int) -> dict[str, Any]:
         """See `export.semantics`."""
-        codec = self.checkpoint.codec
-        if codec is None:
+        try:
+            from export.semantics import compare, show, trained_judge
+        except ImportError as error:
+            raise ConfigError(
+                f"the judge of the tiny world needs the packages of training ({error}); pip install "
+                "'asd-rt[train]', or leave it out: --prompts 0"
+            ) from error
+        if self.checkpoint.codec is None:
             raise ConfigError(f"checkpoint {self.checkpoint.name}: has no codec")
-        if self.classifier is None:
-            self.classifier = trained_judge(codec)
-        key, judge = _same(engine.manifest), self.classifier
+        if self._judge is None:
+            self._judge = trained_judge(self.checkpoint.codec)
+        key = _same(engine.manifest)
+
+        def judged(one: Engine, name: str) -> Any:
+            return show(one, self.checkpoint, self._judge, prompts, name)
+
         if key not in self._marks:
-            reference = self.engine(engine.manifest)
-            self._marks[key] = show(reference, self.checkpoint, judge, prompts, "float32 torch")
-        found = show(engine, self.checkpoint, judge, prompts, engine.manifest.name)
-        return compare(found, self._marks[key])
+            self._marks[key] = judged(self.engine(engine.manifest), "float32 torch")
+        return compare(judged(engine, engine.manifest.name), self._marks[key])
 
 
 def _same(manifest: Manifest) -> str:
@@ -150,12 +157,12 @@ def _entry(
 ) -> dict[str, Any]:
     """All that is asked for of one engine; of one that cannot run here, what its build found."""
     log.info("measuring %s", path)
-    try:
-        engine = open_backend(path)
-    except BackendError as error:
-        log.warning("%s: cannot run here, so these are its build's figures (%s)", path, error)
-        return make_entry(path.name, manifest, manifest.parity)
-    engine.close()
+    if manifest.backend != "onnx":
+        try:
+            open_backend(path).close()
+        except (BackendError, EngineError) as error:  # no card, another one, or another TensorRT
+            log.warning("%s: cannot run here, so these are its build's figures (%s)", path, error)
+            return make_entry(path.name, manifest, manifest.parity)
     figures: dict[str, Any] = dict(manifest.parity)
     layers: Sequence[LayerError] = ()
     if manifest.backend == "onnx":
@@ -193,15 +200,13 @@ def _gate_figures(
 def _with(path: Path, manifest: Manifest, use: Callable[[Engine], T]) -> T:
     """`use` of the opened engine, which then is closed: two large ones do not fit beside each other."""
     if manifest.backend == "onnx":
-        from asd_rt.backends.ort import open_engine
-
-        engine: Engine = open_engine(path, manifest)
-    else:
-        engine = open_backend(path)
+        with opened(path, manifest) as engine:
+            return use(engine)
+    other = open_backend(path)
     try:
-        return use(engine)
+        return use(other)
     finally:
-        engine.close()
+        other.close()
 
 
 def _write(entries: Sequence[dict[str, Any]], out: Path) -> list[Path]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from asd_rt.errors import BackendError
+from asd_rt.errors import ConfigError
 from asd_rt.files import replacing
 
 COLOURS = ("#2a5caa", "#c2571a", "#3b8a4c", "#7d4fa3", "#8a8d94")
@@ -17,7 +17,7 @@ def _pyplot() -> Any:
     try:
         import matplotlib
     except ImportError as error:
-        raise BackendError(
+        raise ConfigError(
             f"pictures need matplotlib, which cannot be imported ({error}); pip install matplotlib"
         ) from error
     matplotlib.use("Agg")
@@ -42,7 +42,7 @@ def plot_frames(entries: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Error against the frame, for every engine whose frames were measured, as a PNG.
 
     Raises:
-        BackendError: matplotlib is not installed.
+        ConfigError: matplotlib is not installed.
         OutputError: `path` cannot be written.
     """
     plt = _pyplot()

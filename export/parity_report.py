@@ -10,7 +10,7 @@ from typing import Any
 from asd_rt.files import replacing
 from asd_rt.manifest import Manifest
 from export.drift import EARLY_BLOCKS, Drift
-from export.layers import LayerError
+from export.layer_errors import LayerError
 
 ROWS = 16  # of the table of frames
 WORST = 5  # layers that are named

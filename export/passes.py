@@ -85,7 +85,7 @@ def denoiser_cases(
         return model.embed_time(torch.full((1, frames), timestep))
 
     full = rollout_frames(manifest)
-    kv_dtype = torch.float16 if manifest.precision == "fp16" else torch.float32
+    kv_dtype = getattr(torch, manifest.parts["denoiser"].inputs["past_k.0"].dtype)
     if manifest.runtime == "openvino":
         kv_dtype = torch.bfloat16
     for past_frames in sorted({0, block, (manifest.cache.window_frames or full) - block}):

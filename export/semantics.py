@@ -30,7 +30,7 @@ from train.codec import LinearCodec
 from train.config import TrainConfig, fingerprint, load_config
 from train.evaluate import ATTRIBUTES, BOOTSTRAP, judge, same_axes
 from train.stage import load_torch, run_stage
-from train.tiny_world import label_tokens, random_labels, vocabulary
+from train.tiny_world import label_tokens, random_labels
 
 FRAMES = 48
 CLIP = 12  # frames that are judged at a time
@@ -65,17 +65,6 @@ class Marks:
             "all_right_first_frames": round(float(whole[0]), 4),
             "all_right_last_frames": round(float(whole[-1]), 4),
         }
-
-
-def is_tiny_world(checkpoint: Checkpoint) -> bool:
-    """Whether a student makes videos that the judge knows."""
-    told = checkpoint.deployment
-    return (
-        told.words == vocabulary()
-        and told.latent_hw == (8, 8)
-        and checkpoint.table is not None
-        and checkpoint.codec is not None
-    )
 
 
 def trained_judge(codec: LinearCodec, config: TrainConfig | None = None) -> Classifier:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -23,7 +24,8 @@ from asd_rt.plan import FixedPlan
 from export import parity
 from export.build import main as build
 from export.drift import Drift, build_blocks, longest, measure_drift, play
-from export.layers import LayerError, find_taps, measure_layers, worst_layer
+from export.exact_half import round_results
+from export.layer_errors import LayerError, find_taps, measure_layers, unscaled, worst_layer
 from export.parity_command import main
 from export.quantize import LAYERS
 from export.reference import TorchEngine
@@ -101,6 +103,17 @@ def test_the_first_layer_that_is_not_finite_is_the_one_to_blame() -> None:
     assert worst_layer(layers) == "b is the first that is not finite"
     assert worst_layer([fine, layers[2]]) == "what goes into c is the first that is not finite"
     assert layers[1].to_json() == {"name": "b", "error": None, "own": None}
+
+
+def test_scales_of_channels_are_no_error() -> None:
+    draw = np.random.default_rng(0)
+    expected = draw.standard_normal((48, 20)).astype(np.float32)
+    near = expected * (1 + 0.01 * draw.standard_normal(expected.shape)).astype(np.float32)
+    scales = draw.uniform(0.1, 10, 20).astype(np.float32)
+    np.testing.assert_allclose(unscaled(near * scales, expected), near, atol=0.02)
+    assert unscaled(near, expected) is near
+    other = draw.standard_normal(expected.shape).astype(np.float32)
+    assert unscaled(other, expected) is other  # another input altogether
 
 
 def test_a_graph_without_our_names_is_refused() -> None:
@@ -303,3 +316,28 @@ def test_an_engine_is_compared_with_the_float_engine_it_would_replace(
     assert found["times_as_long"] == pytest.approx(ratio, abs=2e-2)
     assert caplog.text.count("times as long as asd_fp32.onnx here") == 1
     assert ("it is not faster" in caplog.text) == (found["times_as_long"] >= 1)
+
+
+def test_float16_is_rounded_after_every_operator() -> None:
+    """Unlike by ONNX Runtime on a CPU, which keeps what overflows where the next operator shrinks it."""
+    half, helper = onnx.TensorProto.FLOAT16, onnx.helper
+    scales = {"up": np.float16(60000), "down": np.float16(1e-4)}
+    graph = helper.make_graph(
+        [
+            helper.make_node("Mul", ["x", "up"], ["y"]),
+            helper.make_node("Mul", ["y", "down"], ["z"]),
+        ],
+        "denoiser",
+        [helper.make_tensor_value_info("x", half, [2])],
+        [helper.make_tensor_value_info("z", half, [2])],
+        [onnx.numpy_helper.from_array(value, name) for name, value in scales.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10)
+    round_results(model)
+    onnx.checker.check_model(model, full_check=True)
+    session = onnxruntime.InferenceSession(model.SerializeToString())
+    (found,) = session.run(["z"], {"x": np.array([1.0009765625, 4], np.float16)})
+    with np.errstate(over="ignore"):
+        expected = np.array([1.0009765625, 4], np.float16) * scales["up"] * scales["down"]
+    np.testing.assert_array_equal(found, expected)
+    assert found[1] == np.inf

@@ -14,7 +14,8 @@ from asd_rt.backends.base import open_backend
 from asd_rt.engines import PACKAGED_DIR
 from export.build import default_checkpoint
 from export.reference import TorchEngine
-from export.semantics import CLIP, FRAMES, Marks, compare, is_tiny_world, show, trained_judge
+from export.samples import is_tiny_world
+from export.semantics import CLIP, FRAMES, Marks, compare, show, trained_judge
 from train.checkpoint import Checkpoint, load_checkpoint
 from train.classifier import Classifier, ClassifierStage
 from train.config import load_config

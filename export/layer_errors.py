@@ -7,9 +7,6 @@ on. They are found by the names of weights, which the exporter keeps: "blocks.3.
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -19,12 +16,13 @@ from typing import Any, cast
 import numpy as np
 import onnx
 import torch
-from onnx import TensorProto, helper, shape_inference
+from onnx import TensorProto, helper
 from torch import Tensor, nn
 
 from asd_rt.backends.ort import OrtEngine, open_engine
 from asd_rt.errors import EngineError
 from asd_rt.manifest import Manifest, TensorSpec
+from export.exact_half import element_types, is_half, round_results, staged
 from export.metrics import Array, relative_l2, short
 from export.passes import checkpoint_cases, run_part
 from export.quantize import LAYERS
@@ -32,6 +30,7 @@ from train.checkpoint import Checkpoint
 from train.model import WanModel
 
 TRANSPARENT = ("Cast", "QuantizeLinear", "DequantizeLinear")  # between an input and its product
+SCALED = 0.25  # of the distance between inputs is left, where they differ by scales of channels
 OUTPUT = "output"  # of a block: the residual stream behind it
 _DTYPES = {TensorProto.FLOAT: "float32", TensorProto.FLOAT16: "float16"}
 
@@ -44,7 +43,7 @@ class LayerError:
         name: "blocks.3.ffn.down"; "blocks.3.output" is the residual stream behind the block.
         error: of its output, with all that came before.
         own: of its output against torch's on the very input that the engine gave it: what arises in it;
-            None where that is not known (the stream, and inputs that the engine scales).
+            None where that is not known: the stream, and inputs that are not finite.
     """
 
     name: str
@@ -120,7 +119,7 @@ def _next_sum(name: str, readers: Mapping[str, list[onnx.NodeProto]]) -> str:
 
 @contextmanager
 def exposed(path: Path, manifest: Manifest) -> Iterator[tuple[OrtEngine, dict[str, Tap]]]:
-    """The engine at `path` with the tensors of its taps as outputs of the denoiser, in a folder of its own.
+    """The engine at `path` with the tensors of its taps as outputs of the denoiser.
 
     Raises:
         EngineError: its graph is not one of ours, or cannot be opened.
@@ -128,9 +127,7 @@ def exposed(path: Path, manifest: Manifest) -> Iterator[tuple[OrtEngine, dict[st
     model = onnx.load(path, load_external_data=False)
     taps = find_taps(model.graph)
     names = dict.fromkeys(n for tap in taps.values() for n in (tap.input, tap.output) if n)
-    graph = shape_inference.infer_shapes(model).graph
-    types = {v.name: v.type.tensor_type.elem_type for v in graph.value_info}
-    types |= {v.name: v.type.tensor_type.elem_type for v in graph.output}
+    types = element_types(model)
     part = manifest.parts["denoiser"]
     more = {}
     for name in names:
@@ -139,35 +136,28 @@ def exposed(path: Path, manifest: Manifest) -> Iterator[tuple[OrtEngine, dict[st
         if name not in part.outputs:
             more[name] = TensorSpec(_DTYPES[types[name]], (1, "T", "dim"))
             model.graph.output.append(helper.make_tensor_value_info(name, types[name], None))
-    needed = [name for name in ("weights", "time", "prompt") if name in manifest.parts]
-    parts = {name: manifest.parts[name] for name in needed}
-    parts["denoiser"] = replace(part, outputs={**part.outputs, **more})
-    shown = replace(manifest, parts=parts, tokenizer=None, codec=None, sources={})
-    with tempfile.TemporaryDirectory(prefix="asd-layers-") as name:
-        folder = Path(name)
-        for one in needed:
-            file = manifest.parts[one].file
-            _link(path.parent / file, folder / file)
-        onnx.save(model, folder / path.name)
-        engine = open_engine(folder / path.name, shown)
+    if is_half(manifest):
+        round_results(model)
+    needed = {
+        name: entry
+        for name, entry in manifest.parts.items()
+        if name in ("denoiser", "weights", "time", "prompt")
+    }
+    needed["denoiser"] = replace(part, outputs={**part.outputs, **more})
+    shown = replace(manifest, parts=needed, tokenizer=None, codec=None, sources={})
+    with staged(path, shown, {"denoiser": model}) as file:
+        engine = open_engine(file, shown)
         try:
             yield engine, taps
         finally:
             engine.close()
 
 
-def _link(source: Path, target: Path) -> None:
-    """The same file under another name, copied where the file system cannot do better."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
-
-
 class _Watched:
     """What torch's layers gave in the last pass."""
 
     def __init__(self, model: WanModel) -> None:
+        self.inputs: dict[str, Tensor] = {}
         self.outputs: dict[str, Tensor] = {}
         self.linears: dict[str, list[nn.Linear]] = {}
         self._handles = []
@@ -180,8 +170,13 @@ class _Watched:
 
     def _watch(self, name: str, linears: list[nn.Linear]) -> None:
         self.linears[name] = linears
+        # Layers side by side have one input.
+        self._handles.append(linears[0].register_forward_pre_hook(self._given(name)))
         for index, linear in enumerate(linears):
             self._handles.append(linear.register_forward_hook(self._keep(f"{name}:{index}")))
+
+    def _given(self, key: str) -> Any:
+        return lambda _, inputs: self.inputs.__setitem__(key, inputs[0])
 
     def _keep(self, key: str) -> Any:
         return lambda _, inputs, output: self.outputs.__setitem__(key, output)
@@ -198,17 +193,29 @@ class _Watched:
             found = torch.cat([self.outputs[f"{name}:{i}"] for i in range(count)], dim=-1)
         return found.reshape(1, -1, found.shape[-1]).numpy()
 
-    def on(self, name: str, given: Array) -> Array | None:
-        """torch's output of a product on another input; None where it does not fit."""
+    def on(self, name: str, given: Array) -> Array:
+        """torch's output of a product on an engine's input."""
         linears = self.linears[name]
-        if given.shape[-1] != linears[0].in_features:
-            return None
-        x = torch.from_numpy(given.astype(np.float32))
+        expected = self.inputs[name].reshape(-1, linears[0].in_features).numpy()
+        x = torch.from_numpy(unscaled(given.reshape(expected.shape).astype(np.float32), expected))
         return torch.cat([linear(x) for linear in linears], dim=-1).numpy()
 
     def close(self) -> None:
         for handle in self._handles:
             handle.remove()
+
+
+def unscaled(found: Array, expected: Array) -> Array:
+    """`found` [T, channels] without the scales that an engine may give to channels before it quantises them.
+
+    The scales are those that bring `found` nearest to `expected`; they are believed where hardly anything is
+    left then.
+    """
+    with np.errstate(all="ignore"):
+        scale = (found * expected).sum(axis=0) / np.maximum((found * found).sum(axis=0), 1e-30)
+        nearer = found * scale.astype(np.float32)
+    left, before = relative_l2(nearer, expected), relative_l2(found, expected)
+    return nearer if left < SCALED * before else found
 
 
 @torch.inference_mode()
@@ -250,11 +257,10 @@ def _compare(name: str, tap: Tap, found: Mapping[str, Array], watched: _Watched)
     error = relative_l2(output.reshape(1, -1, output.shape[-1]), watched.output(name))
     if tap.input is None:
         return LayerError(name, error)
-    expected = watched.on(name, found[tap.input])
-    if expected is None or not np.isfinite(expected).all():
+    if not np.isfinite(found[tap.input]).all():
         return LayerError(name, error)
-    own = relative_l2(output.reshape(expected.shape), expected)
-    return LayerError(name, error, own)
+    expected = watched.on(name, found[tap.input])
+    return LayerError(name, error, relative_l2(output.reshape(expected.shape), expected))
 
 
 def _larger(one: float | None, other: float | None) -> float | None:
