@@ -17,6 +17,7 @@ from asd_rt.errors import (
     CheckpointError,
     ConfigError,
     EngineError,
+    MediaError,
     OutputError,
     PromptError,
 )
@@ -32,6 +33,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "EngineError",
+    "MediaError",
     "OutputError",
     "PromptError",
     "Session",

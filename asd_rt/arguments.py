@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 
 from asd_rt.costs import CostModel
 from asd_rt.deadline import DeadlinePlan
-from asd_rt.decoding import temporal_factor
-from asd_rt.errors import ConfigError, PromptError
+from asd_rt.decoding import start_frame_count, temporal_factor
+from asd_rt.errors import ConfigError, EngineError, PromptError
 from asd_rt.frame_loop import Request
 from asd_rt.manifest import Manifest, late_parts
 from asd_rt.plan import FixedPlan
@@ -71,11 +71,12 @@ def frame_deadline_ms(manifest: Manifest, fps: float) -> float:
     return manifest.cache.block_frames * temporal_factor(manifest) * 1e3 / fps
 
 
-def default_frames(manifest: Manifest) -> int:
-    """Latent frames of a video when none are asked for."""
+def default_frames(manifest: Manifest, given: int = 0) -> int:
+    """Latent frames of a video when none are asked for, behind `given` ones that it begins with."""
     cache = manifest.cache
-    most = cache.max_frames if cache.max_frames and not cache.window_frames else DEFAULT_FRAMES
-    return min(DEFAULT_FRAMES, most - most % cache.block_frames)
+    limited = cache.max_frames and not cache.window_frames
+    most = cache.max_frames - given if limited else DEFAULT_FRAMES
+    return max(cache.block_frames, min(DEFAULT_FRAMES, most - most % cache.block_frames))
 
 
 def prompt_tokens(path: Path, manifest: Manifest, prompt: str) -> NDArray[np.int64]:
@@ -103,4 +104,26 @@ def check_can_decode(path: Path, manifest: Manifest) -> None:
         raise ConfigError(
             f"{path}: has no decoder part, so it makes no video; build one with --vae, or use "
             "asd-rt replay for latents"
+        )
+
+
+def check_can_encode(path: Path, manifest: Manifest) -> None:
+    """Raise EngineError when the engine at `path` makes no latents of pictures."""
+    if "encoder" not in manifest.parts:
+        raise EngineError(
+            f"{path}: has no encoder part, so no video can start from a picture or a clip; build one with "
+            "--vae, or start from a prompt alone"
+        )
+
+
+def check_start(manifest: Manifest, frames: NDArray[np.uint8]) -> None:
+    """Raise ConfigError when `frames` [F, ...] are not those of whole blocks."""
+    count, number = len(frames), 1
+    while start_frame_count(manifest, number) < count:
+        number += 1
+    if start_frame_count(manifest, number) != count:
+        first, second = (start_frame_count(manifest, n) for n in (1, 2))
+        raise ConfigError(
+            f"a start must fill whole blocks: {first}, {second}, ... {second - first} more each time, found "
+            f"{count} frames; repeat a picture, or cut the clip"
         )

@@ -82,6 +82,7 @@ class DeadlinePlan:
         "_cache_ms",
         "_cache_past",
         "_calm",
+        "_charged_ms",
         "_fits",
         "_joined",
         "_level",
@@ -136,7 +137,7 @@ class DeadlinePlan:
 
     def _clear(self) -> None:
         """Nothing has been done yet for the next block."""
-        self._spent_ms = self._passes_ms = 0.0
+        self._spent_ms = self._passes_ms = self._charged_ms = 0.0
         self._cache_ms: float | None = None
 
     def budget_ms(self, block: int) -> float:
@@ -165,13 +166,17 @@ class DeadlinePlan:
         price = share.times(self.costs.load)
         if self._cache_ms is not None and block and not joined:
             price = price._replace(cache=self._cache_ms)
-        self._fits = price.of(1) <= budget_ms
+        left_ms = budget_ms - self._charged_ms
+        self._fits = price.of(1) <= left_ms
         if block == 0:
-            self._steps = max(1, price.most(budget_ms, self.first_steps))
+            self._steps = max(1, price.most(left_ms, self.first_steps))
         else:
             self._steps = self._settle(price, budget_ms)
-        self._planned_ms = price.of(self._steps)
-        self._warn(price.of(1), budget_ms)
+            if self._charged_ms:  # that says nothing about the blocks to come
+                self._steps = min(self._steps, max(1, price.most(left_ms, self.steps)))
+        self._planned_ms = price.of(self._steps) + self._charged_ms
+        if not self._charged_ms:
+            self._warn(price.of(1), budget_ms)
 
     def _settle(self, price: Price, budget_ms: float) -> int:
         """Steps of a later block: down at once, up with patience."""
@@ -213,6 +218,17 @@ class DeadlinePlan:
         if kind in NETWORK:
             self._passes_ms += ms
 
+    def charge(self, ms: float) -> None:
+        """Other work took `ms` of the next block's time: a new prompt, or a cache that was computed anew.
+
+        No cache pass is due any more. That block gets fewer steps where it must; later ones are planned as if
+        nothing had been, and a miss counts against none of them.
+        """
+        self._charged_ms += ms
+        self._spent_ms += ms
+        if self._cache_ms is None:
+            self._cache_ms = 0.0
+
     def finish(self, block: int, taken_ms: float) -> None:
         """The block is out.
 
@@ -232,8 +248,9 @@ class DeadlinePlan:
         self._reports.pop(block - HISTORY, None)
         if block:  # the first block's rest holds what only a first block does
             self.costs.observe("rest", 0, (taken_ms - self._spent_ms) / self._steps)
-            self._rooms.append(self._room(report))
-            if report.missed and self._level is not None:
+            if not self._charged_ms:
+                self._rooms.append(self._room(report))
+            if report.missed and not self._charged_ms and self._level is not None:
                 self._level = max(1, self._level - 1)  # harder evidence than an estimate
         self._block = None
         self._clear()

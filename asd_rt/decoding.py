@@ -51,6 +51,11 @@ def block_frame_count(temporal: int, first_latent: int, latent_frames: int) -> i
     return frame_count(temporal, first_latent + latent_frames) - frame_count(temporal, first_latent)
 
 
+def start_frame_count(manifest: Manifest, blocks: int) -> int:
+    """Frames that make `blocks` whole blocks of latents at a video's start."""
+    return frame_count(temporal_factor(manifest), blocks * manifest.cache.block_frames)
+
+
 def latent_count(temporal: int, frames: int) -> int:
     """The fewest latent frames that decode to at least `frames`."""
     return -(-(frames - 1) // temporal) + 1 if frames else 0

@@ -8,6 +8,7 @@ from asd_rt.errors import EngineError
 
 ENGINES_DIR = Path("engines")
 PACKAGED_DIR = Path(__file__).parent / "engine"
+DEVICES = ("auto", "cpu", "cuda")  # that an ONNX engine may be asked to run on
 BUILD = "python -m export.build --steps 1"
 _PREFERENCE = (".plan", ".onnx")
 

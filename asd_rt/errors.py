@@ -27,3 +27,7 @@ class PromptError(AsdError):
 
 class OutputError(AsdError):
     """A result that cannot be written where it was asked for."""
+
+
+class MediaError(AsdError):
+    """A picture or a clip that cannot be read, or that no video can start from."""

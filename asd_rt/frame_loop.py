@@ -3,11 +3,14 @@
 Per block: make room in the KV cache, denoise by plan, hand the block out, and only when the consumer comes
 back for more, write the clean block into the cache (the pass at t = 0). Frames first, bookkeeping after.
 That pass and the first one of the next block may run as one (`join`): neither reads what the other writes
-but what a mask hides or shows, so the result is the same.
+but what a mask hides or shows, so the result is the same. Between two blocks the prompt may change, and the
+cache may be computed anew (`asd_rt.steering`).
 """
 
 from __future__ import annotations
 
+import sys
+from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -23,6 +26,7 @@ from asd_rt.kv_cache import FrameSlots
 from asd_rt.noise import NoiseAhead
 from asd_rt.plan import Plan
 from asd_rt.schedule import Schedule, Step, add_noise, flow_to_x0
+from asd_rt.steering import CleanBlocks, Refresh, Switch
 
 if TYPE_CHECKING:
     from asd_rt.backends.base import Denoiser
@@ -39,7 +43,7 @@ class Request:
     Attributes:
         context: text embedding, float32 [B, tokens <= text_len, text_dim].
         shape: of the whole video's latents, initial frames included: (B, F, C, h, w); F is a multiple of
-            the block size.
+            the block size, or 0: endless.
         plan: denoising steps of each generated block.
         seed: of all noise that is not given.
         noise: None or float32 of `shape`; frames under `initial` are not used.
@@ -47,6 +51,7 @@ class Request:
             block `block`; what is missing is drawn from `seed`. Blocks count from the first initial one.
         initial: None or clean latents [B, whole blocks, C, h, w] that only fill the cache.
         commit_last: run the last block's cache pass too (to read the cache, or to go on from it).
+        refresh: when the cache starts over.
     """
 
     context: FloatArray
@@ -57,6 +62,7 @@ class Request:
     renoise: Mapping[tuple[int, int], FloatArray] = field(default_factory=dict)
     initial: FloatArray | None = None
     commit_last: bool = False
+    refresh: Refresh = Refresh()  # noqa: RUF009 - frozen
 
 
 @dataclass(slots=True)
@@ -72,7 +78,8 @@ class Block:
         joined: the first of them was also the cache pass of the block before.
         started_ms, ready_ms: when its denoising began and ended, since the loop began.
         cache_ms: duration of its cache pass; None until the consumer asked for the next block, and where that
-            pass was joined with the next block's first.
+            pass was joined with the next block's first or was not needed because the cache was computed anew.
+        switch_ms: duration of a new prompt or a refresh before it; None where there was neither.
         deadline: how it kept its deadline; None where there is none.
         frames: decoded video, uint8 [frames, rows, columns, 3]; None where nothing decodes.
         decode_ms: duration of decoding; None where nothing decodes.
@@ -87,6 +94,7 @@ class Block:
     ready_ms: float
     joined: bool = False
     cache_ms: float | None = None
+    switch_ms: float | None = None
     deadline: BlockReport | None = None
     frames: NDArray[np.uint8] | None = None
     decode_ms: float | None = None
@@ -98,8 +106,9 @@ class Block:
 
     @property
     def block_ms(self) -> float:
-        """The whole block: denoising, cache pass and decoding, of those that ran."""
-        return self.denoise_ms + (self.cache_ms or 0.0) + (self.decode_ms or 0.0)
+        """The whole block: a change before it, denoising, cache pass and decoding, of those that ran."""
+        others = (self.switch_ms, self.cache_ms, self.decode_ms)
+        return self.denoise_ms + sum(ms or 0.0 for ms in others)
 
 
 class FrameLoop:
@@ -107,6 +116,7 @@ class FrameLoop:
 
     Attributes:
         slots: bookkeeping of the KV cache, to read the cache by.
+        join: run a cache pass and the first pass behind it as one; may be set before the first block.
     """
 
     def __init__(
@@ -133,70 +143,148 @@ class FrameLoop:
             BackendError: the denoiser cannot serve these sizes.
         """
         _check(request, cache.block_frames)
+        request.refresh.check(cache)
         self._denoiser = denoiser
         self._schedule = schedule
         self._request = request
+        self._text_len = text_len
         self._context = pad_context(request.context, text_len)
-        self._join = join
+        self.join = join
+        self._cache = cache
         self.slots = FrameSlots(cache, request.shape[1])
+        self._before = 0  # frames before the first one that `slots` counts
+        self._clean = CleanBlocks(cache.block_frames)
+        self._switches: deque[Switch] = deque()  # a queue, because another thread may fill it
         batch, frames, *rest = request.shape
         size = cache.block_frames
-        first = 0 if request.initial is None else request.initial.shape[1] // size
-        shape = (batch, size, *rest)
-        self._ahead = NoiseAhead(shape, request.seed, first, frames // size - 1)
+        self._first = 0 if request.initial is None else request.initial.shape[1] // size
+        self._last = frames // size - 1 if frames else sys.maxsize
+        self._ahead = NoiseAhead((batch, size, *rest), request.seed, self._first, self._last)
+
+    def switch_prompt(self, context: FloatArray, recache: bool = False) -> None:
+        """The next block, and all after it, show another prompt; of several before a block, the last counts.
+
+        Args:
+            context: text embedding, float32 [B, tokens <= text_len, text_dim].
+            recache: compute the cached frames anew under it, so that nothing of the old prompt is left but
+                what the frames show.
+
+        Raises:
+            ConfigError: another shape.
+        """
+        batch, _, width = self._request.context.shape
+        if context.ndim != 3 or (context.shape[0], context.shape[2]) != (batch, width):
+            raise ConfigError(
+                f"context must be [{batch}, tokens, {width}], found {list(context.shape)}"
+            )
+        self._switches.append(Switch(pad_context(context, self._text_len), recache))
 
     def __iter__(self) -> Iterator[Block]:
         request, denoiser, slots = self._request, self._denoiser, self.slots
-        batch, total_frames, _, rows, columns = request.shape
+        batch, _, _, rows, columns = request.shape
         begin = perf_counter()
-        room = slots.block_frames if self._join else 0  # for a block ahead
+        room = slots.block_frames if self.join else 0  # for a block ahead
         denoiser.prepare(batch, (rows, columns), slots.capacity_frames + room)
         denoiser.set_prompt(self._context)
-        initial_blocks = self._fill_cache(request.initial)
-        last = total_frames // slots.block_frames - 1
-        due: FloatArray | None = None  # the block whose cache pass is still to come
-        for index in range(initial_blocks, last + 1):
+        size = slots.block_frames
+        given = [] if request.initial is None else np.split(request.initial, self._first, axis=1)
+        self._fill_cache(given)
+        due: Block | None = None  # whose cache pass is still to come
+        index = self._first
+        while index <= self._last:
+            due, switch_ms = self._turn(index - self._first, due)
             started_ms = _ms_since(begin)
+            slots = self.slots
             if due is None:
                 denoiser.move(slots.begin_block())
                 past = slots.past_frames
             else:
-                past = slots.past_frames + slots.block_frames - len(slots.leaving_slots())
-            number = index - initial_blocks
+                past = slots.past_frames + size - len(slots.leaving_slots())
+            number = index - self._first
             request.plan.begin(number, past, due is not None)
             latents, pass_ms = self._denoise(index, request.plan.steps_of(number), due)
             block = Block(
                 index=index,
-                first_frame=slots.committed_frames,
+                first_frame=self._before + slots.committed_frames,
                 latents=latents,
                 steps=len(pass_ms),
                 pass_ms=pass_ms,
                 started_ms=started_ms,
                 ready_ms=_ms_since(begin),
                 joined=due is not None,
+                switch_ms=switch_ms,
             )
             yield block
-            due = latents if self._join and index < last else None
-            if due is None and (index < last or request.commit_last):
-                cache_begin, past = perf_counter(), slots.past_frames
-                self._commit(latents)
-                block.cache_ms = _ms_since(cache_begin)
-                request.plan.observe("cache", past, block.cache_ms)
+            due, index = block, index + 1
+        if due is not None and request.commit_last:
+            self._commit_block(due)
 
-    def _fill_cache(self, initial: FloatArray | None) -> int:
-        """Cache passes over given clean frames; returns how many blocks they are."""
-        if initial is None:
-            return 0
-        size = self.slots.block_frames
-        blocks: int = initial.shape[1] // size
-        for index in range(blocks):
+    def _turn(self, number: int, due: Block | None) -> tuple[Block | None, float | None]:
+        """What comes between two blocks: a cache pass of its own, a new prompt, a refresh.
+
+        Args:
+            number: of the block to come, counted from the first generated one.
+            due: the block before.
+
+        Returns:
+            the block whose cache pass is to be joined with the next pass, and ms of a change; None without.
+        """
+        switch = None
+        while self._switches:
+            switch = self._switches.popleft()
+        refreshes = self._request.refresh.due(number)
+        anew = refreshes or (switch is not None and switch.recache)
+        if due is not None and not anew:
+            if self.join and switch is None:
+                return due, None
+            self._commit_block(due)
+        if switch is None and not refreshes:
+            return None, None
+        begin = perf_counter()
+        if switch is not None:
+            self._denoiser.set_prompt(switch.context)
+        if due is not None and anew:
+            self._keep(due.latents)
+        if refreshes:
+            self._refresh()
+        elif anew:
+            self._recache()
+        switch_ms = _ms_since(begin)
+        self._request.plan.charge(switch_ms)
+        return None, switch_ms
+
+    def _refresh(self) -> None:
+        """Start the cache over with the blocks that the request's refresh keeps."""
+        kept = self._clean.kept(self._request.refresh.kind, self._cache)
+        shown = self._before + self.slots.committed_frames
+        self.slots = FrameSlots(self._cache, self._request.shape[1])
+        self._clean = CleanBlocks(self._cache.block_frames)
+        self._fill_cache(kept)
+        self._before = shown - self.slots.committed_frames
+
+    def _recache(self) -> None:
+        """Compute the keys and values of all frames that the next block sees, from their clean latents."""
+        slots = self.slots
+        slots.begin_block()  # whose copies are not needed
+        for refill in slots.refill():
+            clean = self._clean[refill.frames.start // slots.block_frames]
+            self._denoiser.denoise(clean, CLEAN_TIMESTEP, refill.frames, refill.past_frames)
+            self._denoiser.move(refill.moves)
+
+    def _fill_cache(self, blocks: list[FloatArray]) -> None:
+        """Cache passes over given clean blocks."""
+        for clean in blocks:
             self._denoiser.move(self.slots.begin_block())
-            self._commit(initial[:, index * size : (index + 1) * size])
-        return blocks
+            self._commit(clean)
 
-    def _denoise(
-        self, index: int, count: int, due: FloatArray | None
-    ) -> tuple[FloatArray, list[float]]:
+    def _commit_block(self, block: Block) -> None:
+        """The cache pass of a generated block, by itself."""
+        begin, past = perf_counter(), self.slots.past_frames
+        self._commit(block.latents)
+        block.cache_ms = _ms_since(begin)
+        self._request.plan.observe("cache", past, block.cache_ms)
+
+    def _denoise(self, index: int, count: int, due: Block | None) -> tuple[FloatArray, list[float]]:
         """x0 of block `index` after `count` steps, and each pass's duration in ms.
 
         `due` is the block before where its cache pass is to be joined with the first of these.
@@ -213,7 +301,7 @@ class FrameLoop:
             if due is None or i:
                 flow = self._pass(x, step)
             else:
-                kind, flow = "joined", self._joined_pass(due, x, step)
+                kind, flow = "joined", self._joined_pass(due.latents, x, step)
             pass_ms.append(_ms_since(begin))
             plan.observe(kind, slots.past_frames, pass_ms[-1])
             x0 = flow_to_x0(flow, x, step.sigma)
@@ -231,7 +319,7 @@ class FrameLoop:
         flow = self._denoiser.denoise_joined(
             due, x, step.timestep, both, slots.past_frames, slots.leaving_slots()
         )
-        slots.commit()
+        self._keep(due)
         self._denoiser.move(slots.begin_block())
         return flow
 
@@ -240,7 +328,14 @@ class FrameLoop:
         self._denoiser.denoise(
             clean, CLEAN_TIMESTEP, self.slots.block_range(), self.slots.past_frames
         )
-        self.slots.commit()
+        self._keep(clean)
+
+    def _keep(self, clean: FloatArray) -> None:
+        """The current block is in the cache, or will be once that is computed anew."""
+        slots = self.slots
+        block = slots.committed_frames // slots.block_frames
+        slots.commit()
+        self._clean.add(block, clean, slots.frames_in_order())
 
     def _noise(self, index: int, count: int) -> list[FloatArray]:
         """Noise of block `index` before each of its `count` steps: what was given, the rest drawn."""
@@ -269,7 +364,7 @@ def pad_context(context: FloatArray, text_len: int) -> FloatArray:
 def _check(request: Request, block_frames: int) -> None:
     """Shapes of a request fit each other; which engine takes them is the session's question."""
     batch, frames, *rest = request.shape
-    if frames < 1 or frames % block_frames:
+    if frames < 0 or frames % block_frames:
         raise ConfigError(
             f"{frames} latent frames are not a whole number of blocks of {block_frames}"
         )
@@ -285,7 +380,7 @@ def _check(request: Request, block_frames: int) -> None:
         if (
             initial.shape != (batch, given, *rest)
             or given % block_frames
-            or not 0 < given <= frames
+            or not 0 < given <= (frames or given)
         ):
             raise ConfigError(
                 f"initial must be [{batch}, whole blocks of {block_frames} up to {frames}, "

@@ -27,6 +27,21 @@ class Move:
     frames: int
 
 
+@dataclass(frozen=True)
+class Refill:
+    """A pass that computes a block's keys and values anew, and what is to be done after it.
+
+    Attributes:
+        frames: absolute indices of the whole block.
+        past_frames: slots that it attends to besides itself.
+        moves: copies that leave only the held frames of the block, right behind the past.
+    """
+
+    frames: range
+    past_frames: int
+    moves: list[Move]
+
+
 class FrameSlots:
     """Bookkeeping of one video's cache. Per block: `begin_block`, passes, `commit`.
 
@@ -46,11 +61,16 @@ class FrameSlots:
     )
 
     def __init__(self, cache: CacheConfig, total_frames: int) -> None:
-        """A cache for a video of `total_frames` latent frames (rounded up to whole blocks).
+        """A cache for a video of `total_frames` latent frames (rounded up to whole blocks), 0 = endless.
 
         Raises:
             ConfigError: the video is longer than a cache without a window can hold.
         """
+        if not total_frames and not cache.window_frames:
+            raise ConfigError(
+                "this engine's cache has no window, so no video can be endless; ask for a number of frames, "
+                "or build the engine again with --window-frames"
+            )
         blocks = -(-total_frames // cache.block_frames)
         needed = blocks * cache.block_frames
         self._windowed = bool(cache.window_frames)
@@ -110,6 +130,24 @@ class FrameSlots:
         """The current block's cache pass is done: its frames count as past from now on."""
         self._held.extend(self.block_range())
         self.committed_frames += self.block_frames
+
+    def refill(self) -> list[Refill]:
+        """Passes that compute all held frames anew; call it after `begin_block`.
+
+        Afterwards the frames lie in order, oldest first. A block of which only some frames are held runs
+        whole, as it did when they were made: no engine need take other sizes.
+        """
+        held, size, past = sorted(self._held), self.block_frames, 0
+        refills = []
+        for block in sorted({frame // size for frame in held}):
+            frames = range(block * size, (block + 1) * size)
+            kept = [i for i, frame in enumerate(frames) if frame in self._held]
+            # One by one and upwards: source and target of a longer copy could overlap.
+            moves = [Move(past + i, past + j, 1) for j, i in enumerate(kept) if i != j]
+            refills.append(Refill(frames, past, moves))
+            past += len(kept)
+        self._held = held
+        return refills
 
     def slots_in_order(self) -> list[int]:
         """Slots of all held frames, oldest frame first."""

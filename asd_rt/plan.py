@@ -19,6 +19,9 @@ class _Unwatched:
     def observe(self, kind: Kind, past_frames: int, ms: float) -> None:
         """A piece of work took `ms`."""
 
+    def charge(self, ms: float) -> None:
+        """Other work took `ms` before the next block."""
+
     def finish(self, block: int, taken_ms: float) -> None:
         """A block is out."""
 
@@ -66,11 +69,11 @@ Plan = FixedPlan | ListedPlan | DeadlinePlan
 
 
 def count_blocks(frames: int, block_frames: int) -> int:
-    """Blocks needed for at least `frames` latent frames.
+    """Blocks needed for at least `frames` latent frames; 0 (endless) stays 0.
 
     Raises:
-        ConfigError: `frames` is not a whole number >= 1.
+        ConfigError: `frames` is not a whole number >= 0.
     """
-    if not isinstance(frames, int) or isinstance(frames, bool) or frames < 1:
-        raise ConfigError(f"frames must be a whole number >= 1, found {frames!r}")
+    if not isinstance(frames, int) or isinstance(frames, bool) or frames < 0:
+        raise ConfigError(f"frames must be a whole number >= 0 (0 = endless), found {frames!r}")
     return -(-frames // block_frames)

@@ -11,7 +11,10 @@ _WIDTH = 24
 
 
 class Progress:
-    """`label [######......] 3/16, 5 s left`, drawn over itself; cleared at the end of its `with`."""
+    """`label [######......] 3/16, 5 s left`, drawn over itself; cleared at the end of its `with`.
+
+    Of 0, which is no end, it says `label 3`.
+    """
 
     def __init__(self, label: str, total: int, stream: TextIO | None = None) -> None:
         self._label, self._total, self._done = label, total, 0
@@ -24,11 +27,17 @@ class Progress:
         self._done += 1
         if not self._shown:
             return
+        if not self._total:
+            self._show(f"{self._label} {self._done} {note}")
+            return
         filled = _WIDTH * self._done // max(self._total, self._done)
         left = (monotonic() - self._begin) / self._done * (self._total - self._done)
         bar = "#" * filled + "." * (_WIDTH - filled)
         count = f"{self._done}/{self._total}"
-        self._stream.write(f"\r\x1b[K{self._label} [{bar}] {count}, {left:.0f} s left {note}")
+        self._show(f"{self._label} [{bar}] {count}, {left:.0f} s left {note}")
+
+    def _show(self, line: str) -> None:
+        self._stream.write(f"\r\x1b[K{line}")
         self._stream.flush()
 
     def __enter__(self) -> Progress:

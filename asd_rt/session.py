@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
-from time import perf_counter
 from types import TracebackType
 
 import numpy as np
@@ -14,33 +14,37 @@ from numpy.typing import NDArray
 
 from asd_rt.arguments import (
     check_can_decode,
+    check_can_encode,
     check_renoise,
+    check_start,
     default_frames,
     make_plan,
     prompt_tokens,
 )
 from asd_rt.backends.base import Engine, open_backend
 from asd_rt.costs import CostModel
-from asd_rt.deadline import DeadlinePlan
-from asd_rt.decoding import Decoder, Encoder, latent_size
+from asd_rt.decoding import Encoder, latent_size
 from asd_rt.engines import best_engine
 from asd_rt.errors import BackendError, ConfigError
 from asd_rt.fitting import check_fits
 from asd_rt.frame_loop import Block, FrameLoop, Request
-from asd_rt.joining import joining_is_faster
 from asd_rt.manifest import REBUILD, Manifest, late_parts
 from asd_rt.noise import check_seed
 from asd_rt.plan import Plan, count_blocks
 from asd_rt.schedule import Schedule
+from asd_rt.steering import Refresh, RefreshKind
+from asd_rt.stream import Stream
 from asd_rt.text_encoder import TextEncoder
-from asd_rt.warm_up import learn_costs
 
 FloatArray = NDArray[np.float32]
 _log = logging.getLogger(__name__)
 
 
 def open_session(
-    engine: str | Path | None = None, threads: int | None = None, join: bool | None = None
+    engine: str | Path | None = None,
+    threads: int | None = None,
+    join: bool | None = None,
+    device: str = "auto",
 ) -> Session:
     """Open an engine.
 
@@ -48,14 +52,14 @@ def open_session(
         engine: path of an engine file; None = the best one in ./engines, else the packaged one.
         threads: of a CPU backend; None = usable cores.
         join: run a cache pass and the first pass of the next block as one; None = what is faster here.
+        device: "cpu", "cuda" (or an error), or "auto": see `open_backend`.
 
     Raises:
         EngineError: no such engine, or it is damaged.
         BackendError: its backend is absent or cannot run here.
     """
-    return Session(
-        open_backend(best_engine() if engine is None else engine, threads), join, threads
-    )
+    path = best_engine() if engine is None else engine
+    return Session(open_backend(path, threads, device), join, threads)
 
 
 @dataclass(frozen=True)
@@ -143,32 +147,50 @@ class Session:
         steps: int | None = None,
         first_steps: int | None = None,
         deadline_ms: float | None = None,
-    ) -> Iterator[Block]:
+        start: NDArray[np.uint8] | None = None,
+        refresh_every: int = 0,
+        refresh: RefreshKind = "first",
+    ) -> Stream:
         """Stream a video block by block; a block is handed out before its cache pass runs.
 
-        Everything is checked before this returns; work begins with the first block asked for.
+        Everything is checked before this returns; work begins with the first block asked for, but `start` is
+        encoded at once.
 
         Args:
             prompt: what to show.
             seed: 0 .. 2**63 - 1; same seed and plan, same video.
-            frames: latent frames, rounded up to whole blocks; None = 48, or what the cache holds. A decoder
-                that is 4 frames long makes 1 + 4 (n - 1) frames of n.
+            frames: latent frames, rounded up to blocks; None = 48, or what the cache holds; 0 = endless,
+                for an engine with a window. A decoder that is 4 frames long makes 1 + 4 (n - 1) frames of n.
             steps: denoising steps of a block, 1..4; None = the manifest's.
             first_steps: steps of the first block; None = the manifest's, at least `steps`.
             deadline_ms: time that a block may take, its cache pass and decoding included. Blocks then get
                 as many steps as fit, at most `steps` (None = 4) and `first_steps`; `Block.deadline` says
                 how each kept it.
+            start: what the video goes on from, uint8 [F, rows, columns, 3]: a clip, or a picture repeated;
+                `asd_rt.video_reader` reads files. `frames` counts what comes after it.
+            refresh_every: blocks after which the cache starts over, again and again; 0 = never.
+            refresh: what is kept then, see `asd_rt.steering.Refresh`.
 
         Returns:
-            blocks with `frames` uint8 [frames, rows, columns, 3].
+            blocks with `frames` uint8 [frames, rows, columns, 3]; its `switch_prompt` changes the prompt.
 
         Raises:
             ConfigError, PromptError: impossible arguments.
+            EngineError: the engine cannot encode a start.
         """
         check_can_decode(self._engine.path, self.manifest)
         context = self.context(prompt)
+        initial = None if start is None else self.start_latents(start)
         return self.generate_from(
-            context, seed, frames, steps, first_steps, deadline_ms=deadline_ms
+            context,
+            seed,
+            frames,
+            steps,
+            first_steps,
+            deadline_ms=deadline_ms,
+            initial=initial,
+            refresh_every=refresh_every,
+            refresh=refresh,
         )
 
     def generate_from(
@@ -180,57 +202,65 @@ class Session:
         first_steps: int | None = None,
         latent_hw: tuple[int, int] | None = None,
         deadline_ms: float | None = None,
-    ) -> Iterator[Block]:
+        initial: FloatArray | None = None,
+        refresh_every: int = 0,
+        refresh: RefreshKind = "first",
+    ) -> Stream:
         """As `generate`, from a text embedding instead of a prompt.
 
         Args:
             context: float32 [B, tokens <= text_len, text_dim].
-            seed, frames, steps, first_steps, deadline_ms: as `generate`.
+            seed, frames, steps, first_steps, deadline_ms, refresh_every, refresh: as `generate`.
             latent_hw: latent (rows, columns), for an engine that fixes none.
+            initial: clean latents that the video goes on from, float32 [B, whole blocks, C, h, w].
 
         Returns:
             blocks; their `frames` are None where the engine has no decoder or B is not 1.
         """
         manifest = self.manifest
         size = manifest.cache.block_frames
-        total = count_blocks(default_frames(manifest) if frames is None else frames, size) * size
+        given = 0 if initial is None or initial.ndim != 5 else initial.shape[1]
+        asked = default_frames(manifest, given) if frames is None else frames
+        total = count_blocks(asked, size) * size
+        if total:
+            total += given
         self._check_context(context)
+        if initial is not None and initial.ndim == 5 and latent_hw is None:
+            latent_hw = (initial.shape[3], initial.shape[4])
         rows, columns = self._latent_hw(latent_hw)
         shape = (context.shape[0], total, manifest.model.in_dim, rows, columns)
         plan = make_plan(manifest, steps, first_steps, deadline_ms, self._costs)
-        request = Request(context=context, shape=shape, plan=plan, seed=check_seed(seed))
-        self._loop(request, join=False)  # finds all that is wrong with the request
+        request = Request(
+            context=context,
+            shape=shape,
+            plan=plan,
+            seed=check_seed(seed),
+            initial=initial,
+            refresh=Refresh(refresh_every, refresh),
+        )
+        loop = self._loop(request, join=False)  # finds all that is wrong with the request
         self._check_memory(request)
-        return self._stream(request, "decoder" in manifest.parts and len(context) == 1)
+        decodes = "decoder" in manifest.parts and len(context) == 1
+        return Stream(
+            self._engine, request, loop, self._costs, self._asked_join, decodes, self.context
+        )
 
-    def _stream(self, request: Request, decodes: bool) -> Iterator[Block]:
-        """Decode blocks as they come, and settle with the plan what they took.
+    def start_latents(self, frames: NDArray[np.uint8]) -> FloatArray:
+        """Latents that a video can begin with, from the frames of a clip or of a repeated picture.
 
-        What is not known yet of this machine is measured first.
+        Args:
+            frames: uint8 [F, rows, columns, 3]; F as `asd_rt.decoding.start_frame_count` says.
+
+        Returns:
+            latents, float32 [1, whole blocks, C, h, w].
+
+        Raises:
+            ConfigError: another number or size of frames.
+            EngineError: the engine has no encoder part.
         """
-        from asd_rt.video import to_uint8
-
-        plan, join = request.plan, self._asked_join
-        decoder = Decoder(self._engine, request.shape[3:]) if decodes else None
-        if join is None:
-            join = joining_is_faster(self._engine, request.shape)
-        unknown = self._costs.share("joined" if join else "pass", 0) is None
-        if unknown and isinstance(plan, DeadlinePlan):
-            learn_costs(self._engine, self._costs, request.shape, join, decoder)
-            if decoder is not None:
-                decoder.reset()
-        before: Block | None = None
-        for number, block in enumerate(self._loop(request, join)):
-            if decoder is not None:
-                begin = perf_counter()
-                block.frames = to_uint8(decoder.decode(block.latents), 1)
-                block.decode_ms = (perf_counter() - begin) * 1e3
-                plan.observe("decode", 0, block.decode_ms)
-            cache_ms = 0.0 if before is None else before.cache_ms or 0.0
-            plan.finish(number, cache_ms + block.denoise_ms + (block.decode_ms or 0.0))
-            block.deadline = plan.report(number)
-            yield block
-            before = block
+        check_can_encode(self._engine.path, self.manifest)
+        check_start(self.manifest, frames)
+        return self.encode(frames)
 
     def encode(self, frames: NDArray[np.uint8]) -> FloatArray:
         """Latents of a whole video, or of a picture (one frame).
@@ -315,12 +345,15 @@ class Session:
     def _check_memory(self, request: Request, dumped: bool = False) -> None:
         """Refuse what this machine has not the memory for, and warn of what no student was trained for."""
         batch, frames, _, rows, columns = request.shape
-        joined, path = bool(self._asked_join), self._engine.path
-        check_fits(path, self.manifest, frames, (rows, columns), batch, joined, dumped)
-        trained = self.manifest.checkpoint.get("trained_frames", frames)
-        if frames > trained:
-            _log.warning("%s: %d latent frames, but its student was trained on %d: later ones may drift",
-                         path, frames, trained)  # fmt: skip
+        joined, path, cache = bool(self._asked_join), self._engine.path, self.manifest.cache
+        held = frames or cache.window_frames
+        check_fits(path, self.manifest, held, (rows, columns), batch, joined, dumped)
+        every = request.refresh.every_blocks * cache.block_frames
+        longest = min(every or inf, frames or inf)
+        trained = self.manifest.checkpoint.get("trained_frames", longest)
+        if longest > trained:
+            _log.warning("%s: %s latent frames, but its student was trained on %d: later ones may drift",
+                         path, frames or "endless", trained)  # fmt: skip
 
     def _latent_hw(self, asked: tuple[int, int] | None) -> tuple[int, int]:
         fixed = self.manifest.latent_hw

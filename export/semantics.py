@@ -29,7 +29,7 @@ from train.classifier import Classifier, ClassifierStage
 from train.codec import LinearCodec
 from train.config import TrainConfig, fingerprint, load_config
 from train.evaluate import ATTRIBUTES, BOOTSTRAP, judge, same_axes
-from train.stage import load_torch, run_stage
+from train.stage import run_stage
 from train.tiny_world import label_tokens, random_labels
 
 FRAMES = 48
@@ -92,9 +92,8 @@ def trained_judge(codec: LinearCodec, config: TrainConfig | None = None) -> Clas
     with torch.random.fork_rng():
         stage = ClassifierStage(config, JUDGE_SEED, codec)
         run_stage(stage, folder, mark)
-    classifier = Classifier()
-    classifier.load_state_dict(load_torch(folder / "classifier.pt")["stage"]["model"])
-    return classifier.eval()
+    # The stage's own network is that of its last step, or what it read back.
+    return stage.model.eval()
 
 
 def show(

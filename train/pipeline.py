@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from train.checkpoint import Deployment, save_checkpoint
 from train.classifier import Classifier, ClassifierStage
 from train.codec import PATCH, LinearCodec, VocabularyEncoder
 from train.config import TrainConfig, fingerprint
+from train.curves import CURVE, read_curve, write_page
 from train.distill import DistillStage
 from train.evaluate import (
     STUDENT_PLANS,
@@ -89,9 +91,11 @@ def run(
             _evaluate(world, command)
             continue
         stage = _make_stage(name, world)
-        run_stage(stage, out, fingerprint(config, seed, name))
+        preview = None if name == "classifier" else _previewer(world, stage)
+        run_stage(stage, out, fingerprint(config, seed, name), preview)
         if name != "classifier":
-            _sheet(world, name)
+            _sheet(world, name, world.network(name), f"samples_{name}.png")
+    write_page(out, read_curve(out / CURVE), {})
 
 
 class _World:
@@ -142,17 +146,28 @@ def _make_stage(name: str, world: _World) -> Stage:
     return DistillStage(config, seed, world.text, teacher, student, LATENT_HW)
 
 
-def _sheet(world: _World, stage: str) -> None:
-    """samples_<stage>.png: the same prompts after each stage."""
+def _previewer(world: _World, stage: Stage) -> Callable[[int], None]:
+    """Pictures of the averaged network as it is: samples_<stage>_at_<steps>.png."""
+
+    def preview(done: int) -> None:
+        model = WanModel(world.config.model)
+        model.load_state_dict(stage.state()["ema"])
+        file = f"samples_{stage.name}_at_{done:05d}.png"
+        _sheet(world, stage.name, model.eval().requires_grad_(False), file)
+
+    return preview
+
+
+def _sheet(world: _World, stage: str, model: WanModel, file: str) -> None:
+    """The same prompts after each stage."""
     labels = random_labels(SHEET_PROMPTS, torch.Generator().manual_seed(5))
-    model = world.network(stage)
     if stage == "teacher":
         sampler = _teacher(world, model)
         frames = sampler(labels, world.config.clip_frames, 1)
     else:
         sampler = _student(world, model, 1, MAX_STEPS)
         frames = sampler(labels, 2 * world.config.clip_frames, 1)
-    contact_sheet(frames, world.out / f"samples_{stage}.png")
+    contact_sheet(frames, world.out / file)
 
 
 def _teacher(world: _World, model: WanModel) -> Any:

@@ -1,13 +1,13 @@
-"""The loop around every training stage: progress bar, JSONL curve, resumable checkpoints."""
+"""The loop around every training stage: progress bar, curves, resumable checkpoints, pictures on the way."""
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,11 @@ from torch import nn
 from tqdm import tqdm
 
 from asd_rt.errors import CheckpointError, ConfigError
+from train.curves import Curves
 
 log = logging.getLogger(__name__)
 SAVE_EVERY_S = 60.0
+PREVIEW_EVERY_S = 300.0
 
 
 class Stage(ABC):
@@ -76,13 +78,16 @@ def load_torch(path: Path) -> dict[str, Any]:
     return state
 
 
-def run_stage(stage: Stage, run_dir: Path, fingerprint: str) -> None:
+def run_stage(
+    stage: Stage, run_dir: Path, fingerprint: str, preview: Callable[[int], None] | None = None
+) -> None:
     """Run `stage` to its end, resuming from `run_dir`/<name>.pt where that exists.
 
     Args:
         stage: what to train.
-        run_dir: where checkpoints and `curve.jsonl` go.
+        run_dir: where checkpoints and curves go.
         fingerprint: hash of configuration and seed; a checkpoint of another one is refused.
+        preview: called with the steps done every few minutes, to show what the stage can do.
     """
     path = run_dir / f"{stage.name}.pt"
     start = 0
@@ -102,10 +107,9 @@ def run_stage(stage: Stage, run_dir: Path, fingerprint: str) -> None:
     def save(done: int) -> None:
         save_torch({"fingerprint": fingerprint, "step": done, "stage": stage.state()}, path)
 
-    curve = run_dir / "curve.jsonl"
-    last_save = time.monotonic()
+    last_save = last_preview = time.monotonic()
     bar = tqdm(total=stage.steps, initial=start, desc=stage.name, unit="step", mininterval=1.0)
-    with curve.open("a") as lines, bar:
+    with Curves(run_dir, stage.name, start, stage.steps) as curves, bar:
         for index in range(start, stage.steps):
             began = time.perf_counter()
             figures = stage.step(index)
@@ -115,16 +119,19 @@ def run_stage(stage: Stage, run_dir: Path, fingerprint: str) -> None:
                     "is of an earlier step; lower the learning rate and run again with --resume"
                 )
             seconds = time.perf_counter() - began
-            record = {"stage": stage.name, "step": index, "seconds": round(seconds, 4)}
-            lines.write(json.dumps(record | {k: round(v, 6) for k, v in figures.items()}) + "\n")
+            curves.add(index, seconds, figures)
             bar.update()
             if index % 10 == 0:
                 bar.set_postfix({k: f"{v:.3f}" for k, v in figures.items()}, refresh=False)
-                lines.flush()
+            if preview is not None and time.monotonic() - last_preview > PREVIEW_EVERY_S:
+                preview(index + 1)
+                last_preview = time.monotonic()
             if time.monotonic() - last_save > SAVE_EVERY_S:
                 save(index + 1)
+                curves.flush()
                 last_save = time.monotonic()
-    save(stage.steps)
+        save(stage.steps)
+        curves.flush()
 
 
 class Ema:

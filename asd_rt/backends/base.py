@@ -10,7 +10,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from asd_rt.errors import BackendError
+from asd_rt.engines import DEVICES, has_nvidia_driver
+from asd_rt.errors import BackendError, ConfigError
 from asd_rt.fitting import MIN_LATENT, check_fits
 from asd_rt.kv_cache import Move
 from asd_rt.manifest import Manifest, accuracy_warning, late_parts, read_manifest, verify
@@ -145,18 +146,22 @@ class Engine(Protocol):
         """Release everything; an engine is of no use afterwards. May be called twice."""
 
 
-def open_backend(path: str | Path, threads: int | None = None) -> Engine:
+def open_backend(path: str | Path, threads: int | None = None, device: str = DEVICES[0]) -> Engine:
     """Open an engine with the backend that its manifest names, after checking its files' hashes.
 
     Args:
         path: the engine file; its manifest lies beside it.
         threads: of a CPU backend; None = the usable cores.
+        device: one of DEVICES. "auto" takes the card for an ONNX engine where a driver is loaded and ONNX
+            Runtime has CUDA; what is asked for by name is that or an error.
 
     Raises:
         EngineError: engine or manifest is absent or damaged.
         BackendError: the backend is not installed or cannot run here.
-        ConfigError: this machine has not the memory for it.
+        ConfigError: this machine has not the memory for it, or there is no such device.
     """
+    if device not in DEVICES:
+        raise ConfigError(f"device must be one of {', '.join(DEVICES)}, found {device!r}")
     engine = Path(path)
     manifest = read_manifest(engine)
     # The least that it will ever need; what a video needs is checked when one is asked for.
@@ -165,13 +170,32 @@ def open_backend(path: str | Path, threads: int | None = None) -> Engine:
     warning = accuracy_warning(engine, manifest)
     if warning:
         _log.warning("%s", warning)
-    if manifest.backend == "onnx":
+    on_cpu = manifest.backend == "onnx" and device != "cuda"
+    if on_cpu and device == "auto" and has_nvidia_driver() and manifest.runtime != "openvino":
+        from asd_rt.backends import ort_cuda
+
+        on_cpu = not ort_cuda.is_available()
+        if on_cpu:
+            _log.warning(
+                "%s: runs on the CPU though there is an NVIDIA driver, for this onnxruntime has no CUDA; %s",
+                engine,
+                ort_cuda.INSTALL,
+            )
+    if on_cpu:
         from asd_rt.backends import ort
 
         return ort.open_engine(engine, manifest, threads)
     if threads is not None:
         raise BackendError(
             f"{engine}: threads are those of a CPU, but this engine runs on a GPU; leave --threads out"
+        )
+    if manifest.backend == "onnx":
+        from asd_rt.backends import ort_cuda
+
+        return ort_cuda.open_engine(engine, manifest)
+    if device == "cpu":
+        raise BackendError(
+            f"{engine}: a plan runs on an NVIDIA card alone; leave --device out, or take an .onnx engine"
         )
     from asd_rt.backends import tensorrt
 

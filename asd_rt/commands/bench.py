@@ -90,7 +90,7 @@ def execute(args: argparse.Namespace) -> Outcome:
     warmup = DEFAULT_WARMUP if warmup is None else warmup
     repeats = DEFAULT_REPEATS if repeats is None else repeats
     with (
-        open_session(found[0] if found else None, threads) as session,
+        open_session(found[0] if found else None, threads, device=args.device) as session,
         Progress("blocks", count * (warmup + repeats)) as progress,
     ):
         report = measure(

@@ -12,7 +12,7 @@ from typing import Any
 
 from asd_rt.arguments import frame_deadline_ms
 from asd_rt.deadline import MAX_DEADLINE_MS
-from asd_rt.engines import best_engine
+from asd_rt.engines import DEVICES, best_engine
 from asd_rt.errors import AsdError
 from asd_rt.manifest import Manifest, read_manifest
 from asd_rt.schedule import MAX_STEPS
@@ -147,11 +147,17 @@ def find_engine(problems: Problems, engine: str | None) -> tuple[Path, Manifest]
 
 
 def add_engine(parser: argparse.ArgumentParser) -> None:
-    """--engine and --threads."""
+    """--engine, --device and --threads."""
     parser.add_argument(
         "--engine",
         metavar="PATH",
         help="engine file (default: the best in ./engines, else the one in the package)",
+    )
+    parser.add_argument(
+        "--device",
+        choices=DEVICES,
+        default=DEVICES[0],
+        help="what an .onnx engine runs on (default auto: the card where ONNX Runtime can use one)",
     )
     parser.add_argument("--threads", metavar="N", help="CPU threads (default: usable cores)")
 

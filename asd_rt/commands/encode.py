@@ -68,7 +68,7 @@ def execute(args: argparse.Namespace) -> Outcome:
     begin = perf_counter()
     contexts: list[FloatArray] = []
     with ExitStack() as stack:
-        encode = _opened(stack, path, manifest, threads)
+        encode = _opened(stack, path, manifest, threads, args.device)
         progress = stack.enter_context(Progress("prompts", len(prompts)))
         for prompt in prompts:
             contexts.append(encode(prompt))
@@ -90,12 +90,12 @@ def execute(args: argparse.Namespace) -> Outcome:
 
 
 def _opened(
-    stack: ExitStack, path: Path, manifest: Manifest, threads: int | None
+    stack: ExitStack, path: Path, manifest: Manifest, threads: int | None, device: str
 ) -> Callable[[str], FloatArray]:
     """What encodes a prompt: of a UMT5 text encoder nothing else is opened, and it stays until the end."""
     if late_parts(manifest):
         return stack.enter_context(TextEncoder(path, manifest, threads, keep=True)).encode
-    return stack.enter_context(open_session(path, threads)).context
+    return stack.enter_context(open_session(path, threads, device=device)).context
 
 
 def read_prompts(path: Path) -> list[str]:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 
 from asd_rt.commands.common import Outcome, Problems, add_engine, add_json, find_engine
-from asd_rt.commands.run import durations
+from asd_rt.commands.recording import durations
 from asd_rt.errors import ConfigError
 from asd_rt.files import check_writable, replacing
 from asd_rt.noise import MAX_SEED
@@ -76,7 +76,7 @@ def execute(args: argparse.Namespace) -> Outcome:
     problems.raise_any()
     path, manifest = found or (Path(), None)
 
-    with open_session(path, threads) as session:
+    with open_session(path, threads, device=args.device) as session:
         result = session.replay(
             noise=tensors["noise"],
             context=tensors["context"],

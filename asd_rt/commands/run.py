@@ -6,9 +6,7 @@ import argparse
 from time import perf_counter
 from typing import Any
 
-from asd_rt import timing
 from asd_rt.arguments import check_can_decode, default_frames, make_plan, prompt_tokens
-from asd_rt.bench import deadline_record, timing_record
 from asd_rt.commands.common import (
     Outcome,
     Problems,
@@ -18,16 +16,22 @@ from asd_rt.commands.common import (
     add_plan,
     find_engine,
 )
-from asd_rt.decoding import block_frame_count, temporal_factor
+from asd_rt.commands.recording import Recording
+from asd_rt.commands.steer import (
+    Start,
+    add_steering,
+    check_ends,
+    check_prompts_at,
+    read_prompts_at,
+    read_start,
+)
+from asd_rt.decoding import latent_count, temporal_factor
 from asd_rt.embeddings import Embeddings, read_embeddings
-from asd_rt.frame_loop import Block
 from asd_rt.kv_cache import FrameSlots
 from asd_rt.noise import MAX_SEED
-from asd_rt.plan import count_blocks
-from asd_rt.progress import Progress
-from asd_rt.session import FloatArray, Session, open_session
-from asd_rt.video import check_output, open_writer
-from asd_rt.video_thread import ThreadedWriter
+from asd_rt.session import open_session
+from asd_rt.steering import Refresh
+from asd_rt.video import check_output
 
 HELP = "generate a video from a prompt"
 EXAMPLES = """examples:
@@ -38,6 +42,9 @@ EXAMPLES = """examples:
   asd-rt run --engine engines/asd_fp32.onnx --prompt "a white two moving left" --out frames/
   asd-rt run --prompt "a pink nine moving up" --out - | mpv -
   asd-rt run --engine engines/asd_fp16.plan --prompt-embeds prompts.safetensors --prompt-index 2
+  asd-rt run --prompt "a red three moving right" --prompt-at 24:"a blue four moving down" --recache
+  asd-rt run --prompt "a red three moving right" --frames 0 --refresh-every 16 --out - | mpv -
+  asd-rt run --prompt "a red three moving right" --video clip.mp4 --show-start
 """
 MAX_SCALE = 64
 
@@ -58,14 +65,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--frames",
         metavar="N",
-        help="latent frames (default: 48); an engine whose decoder is 4 frames long shows 4 for each but the "
-        "first",
+        help="latent frames (default: 48), 0 = until Ctrl-C; an engine whose decoder is 4 frames long shows "
+        "4 for each but the first",
     )
     parser.add_argument(
         "--seed", metavar="N", default="0", help="same seed, same video (default: 0)"
     )
     add_plan(parser)
     add_deadline(parser)
+    add_steering(parser)
     parser.add_argument(
         "--out",
         metavar="PATH",
@@ -86,7 +94,7 @@ def execute(args: argparse.Namespace) -> Outcome:
         AsdError: anything the user can mend.
     """
     problems = Problems()
-    frames = problems.integer("--frames", args.frames, 1)
+    frames = problems.integer("--frames", args.frames, 0)
     seed = problems.integer("--seed", args.seed, 0, MAX_SEED) or 0
     steps = problems.steps("--steps", args.steps)
     first_steps = problems.steps("--first-steps", args.first_steps)
@@ -96,6 +104,14 @@ def execute(args: argparse.Namespace) -> Outcome:
     index = problems.integer("--prompt-index", args.prompt_index, 0)
     if index is not None and args.prompt_embeds is None:
         problems.usage("--prompt-index chooses from --prompt-embeds; name its file")
+    later = read_prompts_at(problems, args.prompt_at)
+    if args.recache and not args.prompt_at:
+        problems.usage("--recache goes with --prompt-at; name a later prompt, or leave it out")
+    if args.show_start and args.image is None and args.video is None:
+        problems.usage("--show-start goes with --image or --video; name a file, or leave it out")
+    refresh_every = problems.integer("--refresh-every", args.refresh_every, 1)
+    if args.refresh and args.refresh_every is None:
+        problems.usage("--refresh goes with --refresh-every; say after how many blocks")
     if args.json and args.out == "-":
         problems.usage("--json and --out - both write to stdout; write the video to a file")
     with problems.collect():
@@ -104,10 +120,17 @@ def execute(args: argparse.Namespace) -> Outcome:
     if args.prompt_embeds is not None:
         with problems.collect():
             embeds = read_embeddings(args.prompt_embeds, "--prompt-embeds")
+    start: Start | None = None
     found = find_engine(problems, args.engine)
     if found:
         path, manifest = found
-        frames = frames or default_frames(manifest)
+        with problems.collect():
+            start = read_start(path, manifest, args)
+        given = 0 if start is None else latent_count(temporal_factor(manifest), len(start.frames))
+        frames = default_frames(manifest, given) if frames is None else frames
+        total = frames and frames + given
+        refresh = Refresh(refresh_every or 0, args.refresh or "first")
+        check_prompts_at(path, manifest, later, problems)
 
         def check_prompt() -> None:
             if args.prompt is not None:
@@ -119,7 +142,9 @@ def execute(args: argparse.Namespace) -> Outcome:
         for check in (
             lambda: check_can_decode(path, manifest),
             check_prompt,
-            lambda: FrameSlots(manifest.cache, frames),
+            lambda: FrameSlots(manifest.cache, total),
+            lambda: refresh.check(manifest.cache),
+            lambda: check_ends(manifest, later, frames, start),
             lambda: make_plan(manifest, steps, first_steps, deadline.block_ms(manifest)),
         ):
             with problems.collect():
@@ -127,12 +152,23 @@ def execute(args: argparse.Namespace) -> Outcome:
     problems.raise_any()
 
     begin = perf_counter()
-    with open_session(path, threads) as session:
+    with open_session(path, threads, device=args.device) as session:
         open_ms = (perf_counter() - begin) * 1e3
-        stream = _Stream(session, args.out, frames or 0, scale or manifest.display_scale)
+        video = Recording(session, args.out, frames or 0, scale or manifest.display_scale)
         asked = deadline.arguments(manifest)
         shown = args.prompt if embeds is None else embeds.context(index or 0)
-        stream.run(shown, seed=seed, steps=steps, first_steps=first_steps, **asked)
+        video.run(
+            shown,
+            later,
+            args.recache,
+            start,
+            seed=seed,
+            steps=steps,
+            first_steps=first_steps,
+            refresh_every=refresh.every_blocks,
+            refresh=refresh.kind,
+            **asked,
+        )
         document = {
             "prompt": args.prompt if embeds is None else embeds.prompt(index or 0),
             "seed": seed,
@@ -141,93 +177,21 @@ def execute(args: argparse.Namespace) -> Outcome:
             "device": session.engine.device,
             "out": args.out,
             **asked,
+            **_steering(start, refresh),
             "open_ms": round(open_ms, 3),
-            **stream.report(),
+            **video.report(),
         }
     return Outcome(document, _text(document), to_stderr=args.out == "-")
 
 
-class _Stream:
-    """One video on its way from the session into its file."""
-
-    def __init__(self, session: Session, out: str, frames: int, scale: int) -> None:
-        self._session, self._out, self._frames, self._scale = session, out, frames, scale
-        self._blocks: list[Block] = []
-        self._written: list[int] = []
-        self._first_frame_ms = 0.0
-
-    def run(self, prompt: str | FloatArray, **asked: Any) -> None:
-        """Generate and write all blocks; of the last one, only the frames that were asked for.
-
-        `prompt` may be its embedding; `asked` is for the session's `generate`.
-        """
-        manifest = self._session.manifest
-        size, temporal = manifest.cache.block_frames, temporal_factor(manifest)
-        begin = perf_counter()
-        if isinstance(prompt, str):
-            blocks = self._session.generate(prompt, frames=self._frames, **asked)
-        else:
-            blocks = self._session.generate_from(prompt, frames=self._frames, **asked)
-        with (
-            ThreadedWriter(open_writer(self._out, manifest.fps)) as writer,
-            Progress("blocks", count_blocks(self._frames, size)) as progress,
-        ):
-            for block in blocks:
-                if not self._blocks:
-                    self._first_frame_ms = (perf_counter() - begin) * 1e3
-                frames, block.frames = block.frames, None
-                if frames is None:
-                    continue
-                latent = min(size, self._frames - block.first_frame)
-                wanted = block_frame_count(temporal, block.first_frame, latent)
-                frames = frames[:wanted]
-                if self._scale > 1:
-                    frames = frames.repeat(self._scale, axis=1).repeat(self._scale, axis=2)
-                writer.write(frames)
-                self._blocks.append(block)
-                self._written.append(wanted)
-                progress.advance(f"{block.block_ms:.0f} ms a block")
-
-    def report(self) -> dict[str, Any]:
-        """Figures of the video; frames a second count the frames that were written."""
-        frames = sum(self._written)
-        whole_ms = sum(block.block_ms for block in self._blocks)
-        decode_ms = sum(block.decode_ms or 0.0 for block in self._blocks)
-        return {
-            "frames": frames,
-            "latent_frames": self._frames,
-            "steps": [block.steps for block in self._blocks],
-            "time_to_first_frame_ms": round(self._first_frame_ms, 3),
-            "fps_with_decode": round(1e3 * frames / whole_ms, 2),
-            "fps_without_decode": round(1e3 * frames / (whole_ms - decode_ms), 2),
-            "blocks": [
-                {"index": block.index, "frames": count, **durations(block)}
-                for block, count in zip(self._blocks, self._written, strict=True)
-            ],
-            "summary": timing.summarise(
-                [
-                    {**timing_record(block), "frames": count}
-                    for block, count in zip(self._blocks, self._written, strict=True)
-                ]
-            ),
-        }
-
-
-def durations(block: Block) -> dict[str, Any]:
-    """Steps and durations of a block in ms, None for what did not run; and how it kept its deadline."""
-
-    def rounded(value: float | None) -> float | None:
-        return value if value is None or isinstance(value, bool) else round(value, 3)
-
-    return {
-        "steps": block.steps,
-        "pass_ms": [round(ms, 3) for ms in block.pass_ms],
-        "denoise_ms": rounded(block.denoise_ms),
-        "cache_ms": rounded(block.cache_ms),
-        "decode_ms": rounded(block.decode_ms),
-        "block_ms": rounded(block.block_ms),
-        **{name: rounded(value) for name, value in deadline_record(block).items()},
-    }
+def _steering(start: Start | None, refresh: Refresh) -> dict[str, Any]:
+    """What a report says of a start and of refreshes; nothing where there are none."""
+    said: dict[str, Any] = {}
+    if start is not None:
+        said["start"] = {"file": start.path, "frames": len(start.frames), "shown": start.shown}
+    if refresh.every_blocks:
+        said["refresh"] = {"every_blocks": refresh.every_blocks, "kept": refresh.kind}
+    return said
 
 
 def _text(document: dict[str, Any]) -> str:

@@ -107,7 +107,7 @@ def test_a_deadline_that_cannot_be_met(asd, toy) -> None:
 def test_all_problems_at_once_and_nothing_written(asd, toy, tmp_path) -> None:
     code, out, err = asd(
         *("run", "--engine", toy.path, "--prompt", "a purple cow", "--out", "none/x.mp4"),
-        *("--frames", "0", "--seed", "x", "--steps", "5", "--scale", "-1", "--deadline-ms", "0"),
+        *("--frames", "-1", "--seed", "x", "--steps", "5", "--scale", "-1", "--deadline-ms", "0"),
     )
     assert (code, out) == (2, "")
     named = ("--frames", "--seed", "--steps", "--scale", "--deadline-ms", "none", "purple, cow")

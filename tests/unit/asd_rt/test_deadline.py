@@ -374,3 +374,35 @@ def test_only_the_block_begun_last_can_be_asked_for() -> None:
 def test_the_smallest_deadline() -> None:
     plan = DeadlinePlan(deadline_ms=5e-324)
     assert [report.steps for report in Machine().stream(plan, 8)] == [4, *[1] * 7]
+
+
+def test_a_charged_block_gets_fewer_steps_and_later_ones_as_many_as_before() -> None:
+    """A new prompt costs its block some steps; neither that nor its lateness says anything of the next."""
+
+    def play(charges: dict[int, float]) -> tuple[list[int], DeadlinePlan]:
+        plan, given = DeadlinePlan(deadline_ms=50.0, steps=4, first_steps=4), []
+        for block in range(20):
+            charge = charges.get(block)
+            if charge is not None:
+                plan.charge(charge)
+            cache_ms = 0.0
+            if block and charge is None:
+                cache_ms = 10.0
+                plan.observe("cache", SIZE, cache_ms)
+            plan.begin(block, SIZE)
+            steps = plan.steps_of(block)
+            for _ in range(steps):
+                plan.observe("pass", SIZE, 10.0)
+            plan.finish(block, cache_ms + 10.0 * steps + (charge or 0.0))
+            given.append(steps)
+        return given, plan
+
+    usual, _ = play({})
+    assert usual[12:] == [3] * 8
+    given, plan = play({12: 25.0, 16: 80.0})
+    assert given[12] == 2 and not plan.report(12).missed  # 25 + 2 * 10 of 50 ms
+    assert given[13:16] == usual[13:16]
+    assert given[16] == 1 and plan.report(16).missed and not plan.report(16).fits
+    assert given[17:] == usual[17:]
+    assert plan.report(12).taken_ms == pytest.approx(45.0)
+    assert plan.report(12).planned_ms == pytest.approx(45.0, abs=1.0)

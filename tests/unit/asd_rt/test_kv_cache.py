@@ -121,3 +121,43 @@ def test_joined_mask_shows_each_block_what_it_would_see_alone(block, past, token
     assert (frames[:block] == [True] * (past + block) + [False] * block).all()
     seen = [slot not in hidden for slot in range(past + block)] + [True] * block
     assert (frames[block:] == seen).all()
+
+
+@given(cache=windows(), blocks=st.integers(1, 30), windowed=st.booleans())
+@settings(deadline=None)
+def test_a_refill_leaves_the_held_frames_in_order(cache, blocks, windowed) -> None:
+    if not windowed:
+        cache = CacheConfig(cache.block_frames)
+    slots = FrameSlots(cache, (blocks + 1) * cache.block_frames)
+    buffer = Buffer(slots.capacity_frames)
+    for _ in range(blocks):
+        slots.begin_block()
+        slots.commit()
+    slots.begin_block()
+    held = slots.frames_in_order()
+    done: list[int] = []
+    for refill in slots.refill():
+        assert len(refill.frames) == cache.block_frames
+        assert refill.frames.start % cache.block_frames == 0
+        assert refill.past_frames == len(done)  # it sees the held frames before it, and no others
+        end = refill.past_frames + len(refill.frames)
+        assert end <= slots.capacity_frames
+        buffer.frames[refill.past_frames : end] = refill.frames
+        for move in refill.moves:
+            assert move.frames == 1 and move.target < move.source
+        buffer.move(refill.moves)
+        done += [frame for frame in refill.frames if frame in held]
+        assert buffer.frames[: len(done)] == done
+    assert done == held == slots.frames_in_order()
+    assert slots.slots_in_order() == list(range(len(held)))
+    assert slots.begin_block() == [] and slots.past_frames == len(held)
+    slots.commit()
+    assert slots.frames_in_order()[-cache.block_frames :] == list(
+        range(blocks * cache.block_frames, (blocks + 1) * cache.block_frames)
+    )
+
+
+def test_an_endless_video_needs_a_window() -> None:
+    assert FrameSlots(CacheConfig(3, window_frames=9), 0).capacity_frames == 9
+    with pytest.raises(ConfigError, match="no video can be endless"):
+        FrameSlots(CacheConfig(3, max_frames=9), 0)

@@ -61,7 +61,7 @@ def test_default_length(session, own_toy) -> None:
     [
         ({"prompt": "a purple cow"}, PromptError, "unknown words purple, cow"),
         ({"prompt": ""}, PromptError, "nothing to draw"),
-        ({"frames": 0}, ConfigError, "frames must be"),
+        ({"frames": -1}, ConfigError, "frames must be"),
         ({"seed": -1}, ConfigError, "seed must be"),
         ({"steps": 5}, ConfigError, "steps must be 1, 2, 3 or 4"),
         ({"first_steps": 0}, ConfigError, "first-steps must be"),
@@ -75,9 +75,9 @@ def test_arguments_are_refused_at_once(session, arguments, error, message) -> No
 def test_nothing_is_measured_before_a_block_is_asked_for(session, monkeypatch) -> None:
     measured: list[str] = []
     monkeypatch.setattr(
-        "asd_rt.session.joining_is_faster", lambda *_: measured.append("joining") or False
+        "asd_rt.stream.joining_is_faster", lambda *_: measured.append("joining") or False
     )
-    monkeypatch.setattr("asd_rt.session.learn_costs", lambda *_: measured.append("costs"))
+    monkeypatch.setattr("asd_rt.stream.learn_costs", lambda *_: measured.append("costs"))
     blocks = session.generate("red three", frames=4, deadline_ms=1000.0)
     assert not measured
     assert next(blocks).deadline.budget_ms == 4000

@@ -200,6 +200,9 @@ def test_an_inaccurate_engine_says_so_everywhere(
     words = ["--checkpoint", str(spoiled(cancel)), "--target", "onnx", "--precision", "fp16"]
     (tmp_path / "engines").mkdir()
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        "asd_rt.cli.logging.basicConfig", lambda **_: None
+    )  # of all other tests too
     assert build([*words, "--allow-inaccurate"]) == 0
     path = Path("engines/asd_fp16.onnx")
     missed = read_manifest(path).parity["inaccurate"]
