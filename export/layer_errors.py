@@ -30,7 +30,6 @@ from train.checkpoint import Checkpoint
 from train.model import WanModel
 
 TRANSPARENT = ("Cast", "QuantizeLinear", "DequantizeLinear")  # between an input and its product
-SCALED = 0.25  # of the distance between inputs is left, where they differ by scales of channels
 OUTPUT = "output"  # of a block: the residual stream behind it
 _DTYPES = {TensorProto.FLOAT: "float32", TensorProto.FLOAT16: "float16"}
 
@@ -193,29 +192,31 @@ class _Watched:
             found = torch.cat([self.outputs[f"{name}:{i}"] for i in range(count)], dim=-1)
         return found.reshape(1, -1, found.shape[-1]).numpy()
 
-    def on(self, name: str, given: Array) -> Array:
-        """torch's output of a product on an engine's input."""
+    def own_error(self, name: str, given: Array, output: Array) -> float:
+        """Distance of an engine's output from torch's on the engine's input.
+
+        An engine may scale the channels of an input before it quantises them, and undo that in the weight.
+        Then only the input scaled back leads to its output; else only the input as it is.
+        """
         linears = self.linears[name]
         expected = self.inputs[name].reshape(-1, linears[0].in_features).numpy()
-        x = torch.from_numpy(unscaled(given.reshape(expected.shape).astype(np.float32), expected))
-        return torch.cat([linear(x) for linear in linears], dim=-1).numpy()
+        found = given.reshape(expected.shape).astype(np.float32)
+        errors = []
+        for x in (found, rescaled(found, expected)):
+            made = torch.cat([linear(torch.from_numpy(x)) for linear in linears], dim=-1).numpy()
+            errors.append(relative_l2(output.reshape(made.shape), made))
+        return min(errors)
 
     def close(self) -> None:
         for handle in self._handles:
             handle.remove()
 
 
-def unscaled(found: Array, expected: Array) -> Array:
-    """`found` [T, channels] without the scales that an engine may give to channels before it quantises them.
-
-    The scales are those that bring `found` nearest to `expected`; they are believed where hardly anything is
-    left then.
-    """
-    with np.errstate(all="ignore"):
-        scale = (found * expected).sum(axis=0) / np.maximum((found * found).sum(axis=0), 1e-30)
-        nearer = found * scale.astype(np.float32)
-    left, before = relative_l2(nearer, expected), relative_l2(found, expected)
-    return nearer if left < SCALED * before else found
+def rescaled(found: Array, expected: Array) -> Array:
+    """`found` [T, channels] with each channel scaled so that it comes nearest to `expected`."""
+    scale = (found * expected).sum(axis=0) / np.maximum((found * found).sum(axis=0), 1e-30)
+    nearest: Array = found * scale
+    return nearest
 
 
 @torch.inference_mode()
@@ -259,8 +260,7 @@ def _compare(name: str, tap: Tap, found: Mapping[str, Array], watched: _Watched)
         return LayerError(name, error)
     if not np.isfinite(found[tap.input]).all():
         return LayerError(name, error)
-    expected = watched.on(name, found[tap.input])
-    return LayerError(name, error, relative_l2(output.reshape(expected.shape), expected))
+    return LayerError(name, error, watched.own_error(name, found[tap.input], output))
 
 
 def _larger(one: float | None, other: float | None) -> float | None:

@@ -25,7 +25,7 @@ from export import parity
 from export.build import main as build
 from export.drift import Drift, build_blocks, longest, measure_drift, play
 from export.exact_half import round_results
-from export.layer_errors import LayerError, find_taps, measure_layers, unscaled, worst_layer
+from export.layer_errors import LayerError, find_taps, measure_layers, rescaled, worst_layer
 from export.parity_command import main
 from export.quantize import LAYERS
 from export.reference import TorchEngine
@@ -105,15 +105,25 @@ def test_the_first_layer_that_is_not_finite_is_the_one_to_blame() -> None:
     assert layers[1].to_json() == {"name": "b", "error": None, "own": None}
 
 
-def test_scales_of_channels_are_no_error() -> None:
+def test_scales_of_channels_are_found() -> None:
     draw = np.random.default_rng(0)
     expected = draw.standard_normal((48, 20)).astype(np.float32)
-    near = expected * (1 + 0.01 * draw.standard_normal(expected.shape)).astype(np.float32)
     scales = draw.uniform(0.1, 10, 20).astype(np.float32)
-    np.testing.assert_allclose(unscaled(near * scales, expected), near, atol=0.02)
-    assert unscaled(near, expected) is near
-    other = draw.standard_normal(expected.shape).astype(np.float32)
-    assert unscaled(other, expected) is other  # another input altogether
+    np.testing.assert_allclose(rescaled(expected * scales, expected), expected, rtol=1e-5)
+    assert np.isfinite(rescaled(np.zeros_like(expected), expected)).all()
+
+
+def test_a_layer_whose_input_is_scaled_is_judged_without_the_scale(
+    engine: Path, checkpoint: Checkpoint
+) -> None:
+    """As smoothing does it: here torch has the scale, in norm3, and the engine has not."""
+    model, scales = checkpoint.build_model(), torch.linspace(0.2, 5, 32)
+    with torch.no_grad():
+        model.blocks[0].norm3.weight.mul_(scales)
+        model.blocks[0].norm3.bias.mul_(scales)
+        model.blocks[0].cross_attn.q.weight.div_(scales)
+    layers = measure_layers(engine, read_manifest(engine), checkpoint, model)
+    assert max(layer.own or 0 for layer in layers) < 1e-5
 
 
 def test_a_graph_without_our_names_is_refused() -> None:
@@ -258,7 +268,11 @@ def test_the_command_measures_several_engines(
 
 
 def test_a_plan_without_its_card_is_told_of_as_it_was_built(
-    engine: Path, student: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    engine: Path,
+    student: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     if asd_rt.engines.has_nvidia_driver():
         pytest.skip("there is a card")
@@ -273,9 +287,8 @@ def test_a_plan_without_its_card_is_told_of_as_it_was_built(
     changes = {"backend": "tensorrt_rtx", "runtime": "tensorrt", "gpus": ("sm89",), "codec": None}
     write_manifest(plan, replace(old, parts=parts, **changes))
     assert main(["--engine", str(plan), "--checkpoint", str(student)]) == 0
-    output = capsys.readouterr()
-    assert output.err.count("cannot run here") == 1
-    assert "| asd_fp16.plan |" in output.out
+    assert caplog.text.count("cannot run here") == 1
+    assert "| asd_fp16.plan |" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
