@@ -18,7 +18,7 @@ from asd_rt import __version__
 from asd_rt.commands.common import InputProblems, Outcome
 from asd_rt.errors import AsdError
 
-COMMANDS = ("run", "encode", "bench", "replay", "inspect", "doctor")
+COMMANDS = ("run", "serve", "encode", "bench", "replay", "inspect", "doctor")
 
 
 class _Parser(argparse.ArgumentParser):

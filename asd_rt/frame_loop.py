@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import sys
 from collections import deque
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from time import perf_counter
 from typing import TYPE_CHECKING
 
@@ -24,9 +24,11 @@ from asd_rt.deadline import BlockReport
 from asd_rt.errors import ConfigError
 from asd_rt.kv_cache import FrameSlots
 from asd_rt.noise import NoiseAhead
-from asd_rt.plan import Plan
+from asd_rt.request import Request as Request
+from asd_rt.request import check_request
+from asd_rt.request import pad_context as pad_context
 from asd_rt.schedule import Schedule, Step, add_noise, flow_to_x0
-from asd_rt.steering import CleanBlocks, Refresh, Switch
+from asd_rt.steering import CleanBlocks, Switch, check_refresh
 
 if TYPE_CHECKING:
     from asd_rt.backends.base import Denoiser
@@ -34,35 +36,6 @@ if TYPE_CHECKING:
 
 FloatArray = NDArray[np.float32]
 CLEAN_TIMESTEP = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """One video to generate.
-
-    Attributes:
-        context: text embedding, float32 [B, tokens <= text_len, text_dim].
-        shape: of the whole video's latents, initial frames included: (B, F, C, h, w); F is a multiple of
-            the block size, or 0: endless.
-        plan: denoising steps of each generated block.
-        seed: of all noise that is not given.
-        noise: None or float32 of `shape`; frames under `initial` are not used.
-        renoise: {(block, step): float32 [B, block_frames, C, h, w]}: fresh noise after step `step` of
-            block `block`; what is missing is drawn from `seed`. Blocks count from the first initial one.
-        initial: None or clean latents [B, whole blocks, C, h, w] that only fill the cache.
-        commit_last: run the last block's cache pass too (to read the cache, or to go on from it).
-        refresh: when the cache starts over.
-    """
-
-    context: FloatArray
-    shape: tuple[int, int, int, int, int]
-    plan: Plan
-    seed: int = 0
-    noise: FloatArray | None = None
-    renoise: Mapping[tuple[int, int], FloatArray] = field(default_factory=dict)
-    initial: FloatArray | None = None
-    commit_last: bool = False
-    refresh: Refresh = Refresh()  # noqa: RUF009 - frozen
 
 
 @dataclass(slots=True)
@@ -142,8 +115,8 @@ class FrameLoop:
             ConfigError: shapes that do not fit each other or the cache.
             BackendError: the denoiser cannot serve these sizes.
         """
-        _check(request, cache.block_frames)
-        request.refresh.check(cache)
+        check_request(request, cache.block_frames)
+        check_refresh(request.refresh_every, cache)
         self._denoiser = denoiser
         self._schedule = schedule
         self._request = request
@@ -154,6 +127,7 @@ class FrameLoop:
         self.slots = FrameSlots(cache, request.shape[1])
         self._before = 0  # frames before the first one that `slots` counts
         self._clean = CleanBlocks(cache.block_frames)
+        self._stale = False  # the first of them shows another prompt than the present one
         self._switches: deque[Switch] = deque()  # a queue, because another thread may fill it
         batch, frames, *rest = request.shape
         size = cache.block_frames
@@ -232,7 +206,8 @@ class FrameLoop:
         switch = None
         while self._switches:
             switch = self._switches.popleft()
-        refreshes = self._request.refresh.due(number)
+        every = self._request.refresh_every
+        refreshes = bool(every and number and number % every == 0)
         anew = refreshes or (switch is not None and switch.recache)
         if due is not None and not anew:
             if self.join and switch is None:
@@ -243,6 +218,7 @@ class FrameLoop:
         begin = perf_counter()
         if switch is not None:
             self._denoiser.set_prompt(switch.context)
+            self._stale = due is not None or len(self._clean) > 0
         if due is not None and anew:
             self._keep(due.latents)
         if refreshes:
@@ -254,8 +230,9 @@ class FrameLoop:
         return None, switch_ms
 
     def _refresh(self) -> None:
-        """Start the cache over with the blocks that the request's refresh keeps."""
-        kept = self._clean.kept(self._request.refresh.kind, self._cache)
+        """Start the cache over with the first block, or with nothing where that shows another prompt."""
+        kept = [] if self._stale else [self._clean[0]]
+        self._stale = False
         shown = self._before + self.slots.committed_frames
         self.slots = FrameSlots(self._cache, self._request.shape[1])
         self._clean = CleanBlocks(self._cache.block_frames)
@@ -347,51 +324,6 @@ class FrameLoop:
         found = dict(enumerate([first, *given]))
         found |= self._ahead.draw(index, [step for step, noise in found.items() if noise is None])
         return [noise for noise in found.values() if noise is not None]
-
-
-def pad_context(context: FloatArray, text_len: int) -> FloatArray:
-    """`context` [B, tokens, text_dim] zero-padded to [B, text_len, text_dim].
-
-    Raises:
-        ConfigError: more tokens than the network takes.
-    """
-    tokens = context.shape[1]
-    if tokens > text_len:
-        raise ConfigError(f"context has {tokens} tokens, this engine takes at most {text_len}")
-    return np.pad(context.astype(np.float32, copy=False), ((0, 0), (0, text_len - tokens), (0, 0)))
-
-
-def _check(request: Request, block_frames: int) -> None:
-    """Shapes of a request fit each other; which engine takes them is the session's question."""
-    batch, frames, *rest = request.shape
-    if frames < 0 or frames % block_frames:
-        raise ConfigError(
-            f"{frames} latent frames are not a whole number of blocks of {block_frames}"
-        )
-    if request.context.ndim != 3 or request.context.shape[0] != batch:
-        raise ConfigError(
-            f"context must be [{batch}, tokens, text_dim], found {list(request.context.shape)}"
-        )
-    if request.noise is not None and request.noise.shape != request.shape:
-        raise ConfigError(f"noise must be {list(request.shape)}, found {list(request.noise.shape)}")
-    initial = request.initial
-    if initial is not None:
-        given = initial.shape[1] if initial.ndim == 5 else 0
-        if (
-            initial.shape != (batch, given, *rest)
-            or given % block_frames
-            or not 0 < given <= (frames or given)
-        ):
-            raise ConfigError(
-                f"initial must be [{batch}, whole blocks of {block_frames} up to {frames}, "
-                f"{', '.join(map(str, rest))}], found {list(initial.shape)}"
-            )
-    expected = (batch, block_frames, *rest)
-    for (block, step), noise in request.renoise.items():
-        if noise.shape != expected:
-            raise ConfigError(
-                f"renoise.block{block}.step{step} must be {list(expected)}, found {list(noise.shape)}"
-            )
 
 
 def _ms_since(begin: float) -> float:

@@ -20,6 +20,7 @@ CODEC_PARTS = (*CODEC_GRAPHS, "codec_weights")
 PART_NAMES = (
     *("denoiser", "weights", "joined", "time", "prompt", "text", "text_weights", "tokenizer"),
     *CODEC_PARTS,
+    "build_log",  # of a plan's builder, for people
 )
 CODEC_KINDS = ("linear", "wan", "taehv")
 REQUIRED_PARTS = ("denoiser", "time", "prompt")

@@ -146,7 +146,7 @@ class MemoryPlan:
 def plan_memory(video: Video) -> MemoryPlan:
     """What `video` needs."""
     model, openvino = video.model, video.on_openvino
-    half = openvino or video.precision == "fp16"
+    half = openvino or video.precision == "fp16" or video.backend != "onnx"
     slots = video.capacity_frames * video.frame_tokens
     width = 2 if half else 4
     values = video.batch * 2 * model.num_layers * model.dim
@@ -170,7 +170,7 @@ def _weights(video: Video) -> tuple[int, int]:
     small = 4 * time_parameters(model)
     prompt = 4 * prompt_parameters(model)  # a large network's is let go, see _activations
     if video.backend != "onnx":
-        return width * (passes + prompt_parameters(model)) + small, 0
+        return width * passes + 2 * prompt_parameters(model) + small, 0
     if not large:
         small += prompt
     kinds = 2 if video.joined else 1

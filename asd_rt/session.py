@@ -22,6 +22,7 @@ from asd_rt.arguments import (
     prompt_tokens,
 )
 from asd_rt.backends.base import Engine, open_backend
+from asd_rt.backends.shared import SharableEngine, SharedEngine
 from asd_rt.costs import CostModel
 from asd_rt.decoding import Encoder, latent_size
 from asd_rt.engines import best_engine
@@ -32,7 +33,6 @@ from asd_rt.manifest import REBUILD, Manifest, late_parts
 from asd_rt.noise import check_seed
 from asd_rt.plan import Plan, count_blocks
 from asd_rt.schedule import Schedule
-from asd_rt.steering import Refresh, RefreshKind
 from asd_rt.stream import Stream
 from asd_rt.text_encoder import TextEncoder
 
@@ -105,6 +105,11 @@ class Session:
     def manifest(self) -> Manifest:
         return self._engine.manifest
 
+    @property
+    def costs(self) -> CostModel:
+        """What passes take on this machine, as far as it is known."""
+        return self._costs
+
     def __enter__(self) -> Session:
         return self
 
@@ -120,6 +125,23 @@ class Session:
         """Release the engine; may be called twice."""
         self._engine.close()
         self._text = None
+
+    def sibling(self) -> Session:
+        """Another session on this one's engine, for a video beside this one's.
+
+        It has its own KV cache and shares weights and what is known of their speed. Both may be used in turns
+        by one thread. Close it before this one.
+
+        Raises:
+            BackendError: the engine serves one video only.
+        """
+        if not isinstance(self._engine, SharableEngine):
+            raise BackendError(
+                f"{self._engine.path}: serves one video at a time; open an engine file"
+            )
+        other = Session(SharedEngine(self._engine), self._asked_join, self._threads)
+        other._costs = self._costs
+        return other
 
     def context(self, prompt: str) -> FloatArray:
         """Text embedding [1, tokens <= text_len, text_dim] of `prompt`.
@@ -149,7 +171,6 @@ class Session:
         deadline_ms: float | None = None,
         start: NDArray[np.uint8] | None = None,
         refresh_every: int = 0,
-        refresh: RefreshKind = "first",
     ) -> Stream:
         """Stream a video block by block; a block is handed out before its cache pass runs.
 
@@ -168,8 +189,8 @@ class Session:
                 how each kept it.
             start: what the video goes on from, uint8 [F, rows, columns, 3]: a clip, or a picture repeated;
                 `asd_rt.video_reader` reads files. `frames` counts what comes after it.
-            refresh_every: blocks after which the cache starts over, again and again; 0 = never.
-            refresh: what is kept then, see `asd_rt.steering.Refresh`.
+            refresh_every: blocks after which the cache starts over from the first block, again and again, so
+                that a long video does not drift; the picture jumps then. 0 = never.
 
         Returns:
             blocks with `frames` uint8 [frames, rows, columns, 3]; its `switch_prompt` changes the prompt.
@@ -190,7 +211,6 @@ class Session:
             deadline_ms=deadline_ms,
             initial=initial,
             refresh_every=refresh_every,
-            refresh=refresh,
         )
 
     def generate_from(
@@ -204,15 +224,16 @@ class Session:
         deadline_ms: float | None = None,
         initial: FloatArray | None = None,
         refresh_every: int = 0,
-        refresh: RefreshKind = "first",
+        plan: Plan | None = None,
     ) -> Stream:
         """As `generate`, from a text embedding instead of a prompt.
 
         Args:
             context: float32 [B, tokens <= text_len, text_dim].
-            seed, frames, steps, first_steps, deadline_ms, refresh_every, refresh: as `generate`.
+            seed, frames, steps, first_steps, deadline_ms, refresh_every: as `generate`.
             latent_hw: latent (rows, columns), for an engine that fixes none.
             initial: clean latents that the video goes on from, float32 [B, whole blocks, C, h, w].
+            plan: in place of `steps`, `first_steps` and `deadline_ms`.
 
         Returns:
             blocks; their `frames` are None where the engine has no decoder or B is not 1.
@@ -229,14 +250,15 @@ class Session:
             latent_hw = (initial.shape[3], initial.shape[4])
         rows, columns = self._latent_hw(latent_hw)
         shape = (context.shape[0], total, manifest.model.in_dim, rows, columns)
-        plan = make_plan(manifest, steps, first_steps, deadline_ms, self._costs)
+        if plan is None:
+            plan = make_plan(manifest, steps, first_steps, deadline_ms, self._costs)
         request = Request(
             context=context,
             shape=shape,
             plan=plan,
             seed=check_seed(seed),
             initial=initial,
-            refresh=Refresh(refresh_every, refresh),
+            refresh_every=refresh_every,
         )
         loop = self._loop(request, join=False)  # finds all that is wrong with the request
         self._check_memory(request)
@@ -348,7 +370,7 @@ class Session:
         joined, path, cache = bool(self._asked_join), self._engine.path, self.manifest.cache
         held = frames or cache.window_frames
         check_fits(path, self.manifest, held, (rows, columns), batch, joined, dumped)
-        every = request.refresh.every_blocks * cache.block_frames
+        every = request.refresh_every * cache.block_frames
         longest = min(every or inf, frames or inf)
         trained = self.manifest.checkpoint.get("trained_frames", longest)
         if longest > trained:

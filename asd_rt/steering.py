@@ -2,14 +2,15 @@
 
 Keys and values in the cache were computed under the prompt of their time. A new prompt may leave them so, or
 have them computed anew (`recache`) from the clean latents of the frames that are still held. A refresh starts
-the cache over: as if some of those blocks were all that has been shown so far, at positions that begin at 0.
+the cache over, as if the video's first block were all that has been shown so far: what went wrong since is
+forgotten, and the picture jumps. Where the prompt has changed since, that block shows the old one; then
+nothing is kept, and the next block is the first of a new video.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +19,6 @@ from asd_rt.config import CacheConfig
 from asd_rt.errors import ConfigError
 
 FloatArray = NDArray[np.float32]
-RefreshKind = Literal["window", "first", "last", "nothing"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,40 +34,20 @@ class Switch:
     recache: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Refresh:
-    """When the cache starts over, and with what.
+def check_refresh(every_blocks: object, cache: CacheConfig) -> int:
+    """`every_blocks` (0 = never) as an int.
 
-    Attributes:
-        every_blocks: generated blocks from one refresh to the next; 0 = never.
-        kind: the blocks that are kept. "window": sinks and newest, all that the window holds, so that only
-            positions change; "first": the video's first block; "last": its newest; "nothing": none, which
-            begins a new video.
+    Raises:
+        ConfigError: it is no whole number >= 0, or the cache has no window.
     """
-
-    every_blocks: int = 0
-    kind: RefreshKind = "window"
-
-    def __post_init__(self) -> None:
-        every = self.every_blocks
-        if not isinstance(every, int) or isinstance(every, bool) or every < 0:
-            raise ConfigError(f"refresh-every must be a whole number >= 0, found {every!r}")
-        if self.kind not in get_args(RefreshKind):
-            raise ConfigError(
-                f"refresh must be one of {', '.join(get_args(RefreshKind))}, found {self.kind!r}"
-            )
-
-    def check(self, cache: CacheConfig) -> None:
-        """Raise ConfigError where a cache without a window would start over."""
-        if self.every_blocks and not cache.window_frames:
-            raise ConfigError(
-                "refresh-every: this engine's cache has no window, so it holds the whole video; leave it "
-                "out, or build the engine again with --window-frames"
-            )
-
-    def due(self, number: int) -> bool:
-        """Whether the cache starts over before generated block `number`."""
-        return bool(self.every_blocks and number and number % self.every_blocks == 0)
+    if not isinstance(every_blocks, int) or isinstance(every_blocks, bool) or every_blocks < 0:
+        raise ConfigError(f"refresh-every must be a whole number >= 0, found {every_blocks!r}")
+    if every_blocks and not cache.window_frames:
+        raise ConfigError(
+            "refresh-every: this engine's cache has no window, so it holds the whole video; leave it out, or "
+            "build the engine again with --window-frames"
+        )
+    return every_blocks
 
 
 class CleanBlocks:
@@ -91,17 +71,3 @@ class CleanBlocks:
 
     def __len__(self) -> int:
         return len(self._blocks)
-
-    def kept(self, kind: RefreshKind, cache: CacheConfig) -> list[FloatArray]:
-        """The blocks that a refresh of `kind` keeps, oldest first."""
-        order = sorted(self._blocks)
-        if kind == "nothing" or not order:
-            return []
-        if kind == "first":
-            return [self._blocks[order[0]]]
-        if kind == "last":
-            return [self._blocks[order[-1]]]
-        sinks = -(-cache.sink_frames // self._size)
-        room = (cache.window_frames - self._size) // self._size
-        newest = order[max(sinks, len(order) - max(0, room - sinks)) :]
-        return [self._blocks[block] for block in (order[:sinks] + newest)[:room]]

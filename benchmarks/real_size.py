@@ -1,7 +1,7 @@
 """A network of real size from checkpoint to one block of video: real-size.json and .md.
 
 python -m benchmarks.real_size --out out              # 1.3B at 480x832: half an hour, 19 GB, 15 GB of disk
-python -m benchmarks.real_size --out out --layers 4 --only bf16,plan
+python -m benchmarks.real_size --out out --layers 4 --only bf16,plan,int8plan
 
 Weights are random. Every stage is a process of its own, whose time and peak memory are taken when it ends:
 the checkpoint, the builds, `asd-rt replay` of one block, and PyTorch on the same noise. Engines stay in
@@ -48,6 +48,7 @@ RUNS = {
     "bf16": LATENT_HW,
     "fp32": SMALL_HW,
 }  # latents that an engine of this precision is played at
+PLANS = {"plan": "fp16", "int8plan": "int8"}  # built, not played: this needs no card
 
 
 def write_checkpoint(folder: Path, layers: int) -> None:
@@ -131,11 +132,11 @@ def stages(args: argparse.Namespace, work: Path) -> list[tuple[str, Callable[[],
     if not (work / "checkpoint").exists():
         commands.append(("checkpoint", [*own, "--stage", "checkpoint"]))
     for precision in args.only:
-        if precision == "plan":
-            size = f"{LATENT_HW[0]}x{LATENT_HW[1]}"
-            words = ["--target", "tensorrt", "--precision", "fp16", "--gpu", "sm89"]
+        if precision in PLANS:
+            size, kind = f"{LATENT_HW[0]}x{LATENT_HW[1]}", PLANS[precision]
+            words = ["--target", "tensorrt", "--precision", kind, "--gpu", "sm89"]
             words += ["--latent-size", size, "--window-frames", "6"]
-            commands.append(("build fp16 plan", [*build, *words]))
+            commands.append((f"build {kind} plan", [*build, *words]))
             continue
         inputs, result = work / f"inputs-{precision}.safetensors", f"replay-{precision}.safetensors"
         write_inputs(inputs, RUNS[precision])
@@ -210,7 +211,7 @@ def run(args: argparse.Namespace, command: str) -> dict[str, Any]:
         for name, act in todo:
             done.append(act())
             progress.advance(name)
-    kept = [precision for precision in args.only if precision != "plan"]
+    kept = [precision for precision in args.only if precision not in PLANS]
     config = ModelConfig(**{**WAN.to_json(), "num_layers": args.layers, "patch_size": (1, 2, 2)})
     return {
         "format_version": 1,
@@ -232,15 +233,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder, made if absent")
     parser.add_argument("--layers", type=int, default=WAN.num_layers, help="of 30 (default)")
-    parser.add_argument("--only", default="bf16,fp32,plan", help="of bf16, fp32, plan; by commas")
+    parser.add_argument(
+        "--only", default="bf16,fp32,plan", help="of bf16, fp32, plan, int8plan; by commas"
+    )
     parser.add_argument("--stage", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     command = "python -m benchmarks.real_size " + " ".join(sys.argv[1:] if argv is None else argv)
     try:
         args.only = args.only.split(",")
-        unknown = [name for name in args.only if name not in (*RUNS, "plan")]
+        known = (*RUNS, *PLANS)
+        unknown = [name for name in args.only if name not in known]
         if unknown:
-            raise AsdError(f"--only {','.join(unknown)}: choose of {', '.join(RUNS)}, plan")
+            raise AsdError(f"--only {','.join(unknown)}: choose of {', '.join(known)}")
         if args.stage == "checkpoint":
             write_checkpoint(args.out / "real-size" / "checkpoint", args.layers)
             return 0

@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import train
+from asd_rt.config import ModelConfig
 from asd_rt.errors import AsdError, BackendError, ConfigError, EngineError
 from asd_rt.memory_report import memory_report, memory_text
 from asd_rt.plan import FixedPlan, count_blocks
 from asd_rt.planner import USUAL_LATENT_HW, Video
 from export.codec import PRECISIONS as VAE_PRECISIONS
 from export.codec import CodecChoice, add_codec, check_codec
-from export.engine import Target, build_engine, plan_obstacle
+from export.engine import Target, build_engine
+from export.plans import plan_obstacle
 from export.settings import Overrides, Settings, resolve
 from export.tensorrt import NO_CARD_TARGETS, check_gpus, import_tensorrt
 from export.text import add_text_encoder, check_text
@@ -173,7 +175,9 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def choose_targets(args: argparse.Namespace, settings: Settings) -> list[Target]:
+def choose_targets(
+    args: argparse.Namespace, settings: Settings, model: ModelConfig
+) -> list[Target]:
     """What to build, in order; what `auto` leaves out is logged with its reason.
 
     Raises:
@@ -188,7 +192,7 @@ def choose_targets(args: argparse.Namespace, settings: Settings) -> list[Target]
         return targets
     precision = args.precision or "fp16"
     try:
-        obstacle = plan_obstacle(settings, precision)
+        obstacle = plan_obstacle(settings, precision, model)
         if obstacle:
             raise ConfigError(obstacle)
         trt = import_tensorrt()
@@ -255,7 +259,7 @@ def dry_run(args: argparse.Namespace) -> dict[str, Any]:
     """
     checkpoint: Checkpoint = describe_checkpoint(args.checkpoint or default_checkpoint())
     settings = _settings(args, checkpoint)
-    target = choose_targets(args, settings)[0]
+    target = choose_targets(args, settings, checkpoint.config)[0]
     hw = settings.latent_hw or USUAL_LATENT_HW
     frames = count_blocks(args.frames, 1)
     video = Video(checkpoint.config, settings.cache, target.precision, hw, frames, target.backend)
@@ -271,7 +275,7 @@ def build(args: argparse.Namespace) -> list[Path]:
     FixedPlan(args.steps, args.first_steps or args.steps)  # before weights are read
     checkpoint: Checkpoint = load_checkpoint(args.checkpoint or default_checkpoint())
     settings = _settings(args, checkpoint)
-    targets = choose_targets(args, settings)
+    targets = choose_targets(args, settings, checkpoint.config)
     codec = _codec(args, checkpoint)
     if args.text_precision is not None and args.text_encoder is None:
         raise ConfigError("--text-precision is for --text-encoder; name its folder")

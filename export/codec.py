@@ -220,7 +220,9 @@ def _compile(
     for name, module in modules.items():
         began = perf_counter()
         graph = folder / manifest.parts[name].file
-        plan = build_plan(trt, name, graph, manifest.parts[name].inputs, ranges, manifest.gpus)
+        plan = build_plan(
+            trt, name, graph, manifest.parts[name].inputs, ranges, manifest.gpus
+        ).content
         graph.unlink()
         stem = f"{manifest.name}_{name}"
         parts[name] = write_part(folder, stem, ".plan", bytes(plan), **_border(module))

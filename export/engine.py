@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
@@ -14,7 +13,6 @@ from asd_rt.errors import AsdError, EngineError
 from asd_rt.manifest import (
     Manifest,
     Part,
-    TensorSpec,
     manifest_path,
     read_manifest,
     sha256_file,
@@ -30,14 +28,15 @@ from export.bundle import (
     scratch_folder,
 )
 from export.calibrate import choose_scheme
+from export.emulate import emulated_engine
 from export.lowering import LOWERINGS, Lowering
 from export.onnx import export_part, serialize, tensor_specs
 from export.parity import BUDGETS, accept, measure
 from export.parity_report import make_entry, report_files, write_report
 from export.parts import PartModule, engine_parts
+from export.plans import compile_plans
 from export.settings import Settings, make_manifest
 from export.speed import measure_speed
-from export.tensorrt import build_plan, import_tensorrt, profile_ranges
 from export.weights import WeightsFile
 from train.checkpoint import Checkpoint
 
@@ -60,19 +59,6 @@ class Target:
     @property
     def suffix(self) -> str:
         return ".onnx" if self.backend == "onnx" else ".plan"
-
-
-def plan_obstacle(settings: Settings, precision: str) -> str | None:
-    """Why these settings cannot become a TensorRT plan; None = they can."""
-    if precision == "fp32":
-        return "TensorRT takes no fp32 attention; use --precision fp16"
-    if precision in ("bf16", "int8"):
-        return f"a {precision} engine is for a CPU; use --target onnx, or --precision fp16"
-    if settings.latent_hw is None:
-        return "a plan needs a fixed latent size, which this checkpoint does not say; use --latent-size HxW"
-    if not settings.capacity_frames:
-        return "a plan needs to know how long the cache gets; use --window-frames or --max-frames"
-    return None
 
 
 def build_engine(
@@ -135,7 +121,7 @@ def _fill(
     Returns:
         the manifest.
     """
-    model = checkpoint.build_model()
+    model, is_plan = checkpoint.build_model(), target.backend != "onnx"
     lowering = LOWERINGS[runtime_of(target.backend, target.precision, checkpoint.config)]
     large = is_large(checkpoint.config)
     scheme = None
@@ -157,9 +143,13 @@ def _fill(
     held = {"weights": Part(file.name, sha256_file(file), file.stat().st_size)}
     log.info("  weights   %8.3f MB", held["weights"].bytes / 1e6)
     manifest = make_manifest(checkpoint, settings, target.precision, "onnx", held | parts)
-    began = perf_counter()
-    denoiser = scratch / parts["denoiser"].file
-    gate = measure(denoiser, manifest, checkpoint, model)
+    if is_plan:  # whose graphs say themselves what is computed in which type
+        manifest = replace(manifest, runtime="onnxruntime")
+    began, measured = perf_counter(), manifest
+    if is_plan and target.precision == "bf16":
+        measured = emulated_engine(scratch, manifest)
+    denoiser = scratch / measured.parts["denoiser"].file
+    gate = measure(denoiser, measured, checkpoint, model)
     parity = gate.figures
     log.info("  parity    pass %.1e, rollout %.1e (budgets %.0e, %.0e) %.1f s",
              gate.worst_pass, gate.worst_rollout, parity["budget"]["pass"],
@@ -167,31 +157,21 @@ def _fill(
     accept(manifest.name, gate, allow_inaccurate)
     if scheme is not None:
         parity["int8"] = scheme.to_json()
-    if target.backend == "onnx":
+    if not is_plan:
         speed = measure_speed(denoiser, manifest, scratch.parent)
         parity |= {} if speed is None else {"speed": speed}
-    name = target.file if target.backend == "onnx" else f"{target.file}, its graphs"
+    name = f"{target.file}, its graphs" if is_plan else target.file
     entry = make_entry(name, manifest, parity, gate.drift, gate.layers)
     write_report(*report_files(scratch / target.file), [entry])
-    if target.backend == "onnx":
+    if not is_plan:
         return replace(manifest, parity=parity)
 
-    trt, hw = import_tensorrt(), settings.latent_hw
-    if hw is None:
-        raise EngineError(f"{target.file}: {plan_obstacle(settings, target.precision)}")
-    ranges = profile_ranges(settings.cache.block_frames, settings.capacity_frames, hw)
-    for name, part in parts.items():
-        began = perf_counter()
-        graph = scratch / part.file
-        plan = build_plan(trt, name, graph, part.inputs, ranges, target.gpus)
-        graph.unlink()
-        parts[name] = _write(graph.with_suffix(".plan"), plan, part.inputs, part.outputs)
-        log.info("  %-9s compiled  %8.3f MB %6.1f s  %s", name, parts[name].bytes / 1e6,
-                 perf_counter() - began, ", ".join(target.gpus) or "this card")  # fmt: skip
+    parts = compile_plans(scratch, target.file, settings, parts, target.gpus)
     file.unlink()
-    parity |= {
-        "measured_with": f"{parity['measured_with']}, on the graphs that the plans were compiled from"
-    }
+    graphs = "the graphs that the plans were compiled from"
+    if measured is not manifest:
+        graphs = f"float32 versions of {graphs}, rounded to bfloat16 after every operator"
+    parity |= {"measured_with": f"{parity['measured_with']}, on {graphs}"}
     return make_manifest(
         checkpoint, settings, target.precision, target.backend, parts, target.gpus, parity
     )
@@ -208,21 +188,21 @@ def _export(
     """Write one part's graph, and its weights to theirs."""
     # OpenVINO computes in bfloat16, whatever the weights are.
     half = lowering is LOWERINGS["openvino"] and name in ("denoiser", "joined", "prompt")
-    graph = serialize(export_part(name, module, lowering.opset, weights, "bf16" if half else ""))
+    graph = serialize(
+        export_part(
+            name,
+            module,
+            lowering.opset,
+            weights,
+            rounded="bf16" if half else "",
+            origins=lowering is LOWERINGS["tensorrt"],
+        )
+    )
     stem = f"asd_{target.precision}"
-    file = f"{stem}.onnx" if name == "denoiser" else f"{stem}.{name}.onnx"
-    part = _write(scratch / file, graph, tensor_specs(module.inputs), tensor_specs(module.outputs))
-    onnx.checker.check_model(scratch / file)  # by path: so it looks for weights beside the graph
-    return part
-
-
-def _write(
-    file: Path,
-    content: bytes | memoryview,
-    inputs: Mapping[str, TensorSpec],
-    outputs: Mapping[str, TensorSpec],
-) -> Part:
-    file.write_bytes(content)
+    file = scratch / (f"{stem}.onnx" if name == "denoiser" else f"{stem}.{name}.onnx")
+    file.write_bytes(graph)
+    onnx.checker.check_model(file)  # by path: so it looks for weights beside the graph
+    inputs, outputs = tensor_specs(module.inputs), tensor_specs(module.outputs)
     return Part(file.name, sha256_file(file), file.stat().st_size, inputs, outputs)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
@@ -27,6 +28,7 @@ _EXAMPLE_SIZES = {"B": 2, "F": 3, "P": 7, "h": 6, "w": 4, "rows": 24, "columns":
 _ELEMENT_TYPES = {
     torch.float32: TensorProto.FLOAT,
     torch.float16: TensorProto.FLOAT16,
+    torch.bfloat16: TensorProto.BFLOAT16,
     torch.int64: TensorProto.INT64,
     torch.bool: TensorProto.BOOL,
     torch.int8: TensorProto.INT8,
@@ -68,7 +70,12 @@ def _size(entry: int | str, sizes: Mapping[str, int]) -> int:
 
 
 def export_part(
-    name: str, part: PartModule, opset: int, weights: WeightsFile | None = None, rounded: str = ""
+    name: str,
+    part: PartModule,
+    opset: int,
+    weights: WeightsFile | None = None,
+    rounded: str = "",
+    origins: bool = False,
 ) -> onnx.ModelProto:
     """One part as an ONNX model; the same weights give the same bytes.
 
@@ -79,6 +86,8 @@ def export_part(
         weights: where weights go; the graph refers to them. None = they stay in the graph.
         rounded: "bf16" stores float32 matrices in bfloat16, for what computes in it anyway; "fp16" all larger
             float32 weights in float16; "" only those that float16 holds exactly.
+        origins: name nodes after the module that they come from ("blocks.0.self_attn.qkv/node_matmul_1"), for
+            what reads names in a build log.
 
     Raises:
         EngineError: the exporter cannot lower the part.
@@ -117,7 +126,10 @@ def export_part(
     if program is None:
         raise EngineError(f"{name}: torch.onnx.export returned nothing")
     halved = {} if weights is None else _move_weights(program.model.graph, weights, rounded)
-    return _clean(program.model_proto, name, part, halved)
+    model = program.model_proto
+    if origins:
+        _name_origins(model.graph)
+    return _clean(model, name, part, halved)
 
 
 @contextmanager
@@ -211,20 +223,32 @@ def _clean(
     return model
 
 
+def _name_origins(graph: onnx.GraphProto) -> None:
+    """Put the module that a node comes from before its name, where the exporter noted it."""
+    for node in graph.node:
+        for entry in node.metadata_props:
+            if entry.key == "pkg.torch.onnx.name_scopes":
+                # The whole network, modules from the outermost in, and the node itself.
+                module = ast.literal_eval(entry.value)[:-1]
+                if module and module[-1]:
+                    node.name = f"{module[-1]}/{node.name}"
+
+
 def _value_info(name: str, spec: TensorShape) -> onnx.ValueInfoProto:
     dtype, shape = spec
     return helper.make_tensor_value_info(name, _ELEMENT_TYPES[dtype], shape)
 
 
 def _widen_norm_inputs(graph: onnx.GraphProto) -> None:
-    """Give float32 RMSNorms of float16 values their Cast back.
+    """Give float32 RMSNorms of 16-bit values their Cast back.
 
     The exporter folds the Cast into the node, which then mixes two types; TensorRT takes only one.
     """
     types = {value.name: value.type.tensor_type.elem_type for value in graph.value_info}
     nodes = []
     for node in graph.node:
-        if node.op_type == "RMSNormalization" and types.get(node.input[0]) == TensorProto.FLOAT16:
+        narrow = types.get(node.input[0]) in (TensorProto.FLOAT16, TensorProto.BFLOAT16)
+        if node.op_type == "RMSNormalization" and narrow:
             wide = f"{node.input[0]}.fp32"
             cast = f"{node.name}_cast"
             nodes.append(

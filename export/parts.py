@@ -11,20 +11,22 @@ from torch import Tensor, nn
 
 from asd_rt.errors import ConfigError
 from export.denoiser import DenoiserPart, JoinedPart, PromptPart, TimePart
-from export.lowering import Lowering
+from export.lowering import LOWERINGS, Lowering
 from export.quantize import Scheme
 from train.checkpoint import Checkpoint
 from train.codec import LinearCodec
 from train.model import WanModel
 
-# Graphs of bf16 and int8 engines are float32, but for quantised products; a runtime computes them in bfloat16
-# (OpenVINO on a CPU).
+# Type of products, attention, keys and values. Graphs of bf16 and int8 engines are float32, but for quantised
+# products; a runtime computes them in bfloat16 (OpenVINO on a CPU).
 KV_TYPES = {
     "fp32": torch.float32,
     "fp16": torch.float16,
     "bf16": torch.float32,
     "int8": torch.float32,
 }
+# TensorRT computes in what the graph says.
+PLAN_TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.float16}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -83,7 +85,7 @@ def engine_parts(
     Args:
         checkpoint: what to export.
         model: `checkpoint.build_model()`.
-        precision: fp32, fp16, bf16 or int8.
+        precision: one of KV_TYPES, or of PLAN_TYPES for a plan.
         latent_hw: the one latent size of the engine, None = any.
         lowering: one of LOWERINGS.
         scheme: of an int8 engine.
@@ -91,11 +93,10 @@ def engine_parts(
     Raises:
         ConfigError: another precision.
     """
-    if precision not in KV_TYPES:
-        raise ConfigError(
-            f"precision {precision} cannot be exported yet; use {' or '.join(KV_TYPES)}"
-        )
-    kv, f32 = KV_TYPES[precision], torch.float32
+    kinds = PLAN_TYPES if lowering is LOWERINGS["tensorrt"] else KV_TYPES
+    if precision not in kinds:
+        raise ConfigError(f"precision {precision} cannot be exported; use {' or '.join(kinds)}")
+    kv, f32 = kinds[precision], torch.float32
     c = model.config
     height, width = latent_hw or ("h", "w")
     tokens, rows = "T", 6 * c.num_layers + 2

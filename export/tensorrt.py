@@ -10,8 +10,10 @@ import importlib
 import importlib.util
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from time import perf_counter
 from types import ModuleType
 from typing import Any
 
@@ -19,17 +21,34 @@ import onnx
 
 from asd_rt.errors import BackendError, EngineError
 from asd_rt.manifest import TensorSpec
+from export.layers import Layer, check_layers, read_layers
 
 MODULES = ("tensorrt", "tensorrt_rtx")
 INSTALL = "pip install 'asd-rt[rtx]' for RTX cards, or TensorRT 11 from NVIDIA's index for data-centre ones"
 NO_CARD_TARGETS = ("sm86", "sm89", "sm120")
 MAX_BATCH = 4
 
-# Layers of the detailed build log that are fused attention kernels.
-_FUSED_ATTENTION = re.compile(r"Name: (\w*(?:mha|fmha|flash|attention)\w*)[,:]", re.IGNORECASE)
+_UNUSED = re.compile(r"^Unused Input: (\S+)", re.MULTILINE)  # said by the builder, not the parser
 _SM = re.compile(r"sm\d{2,3}")
 
 Range = tuple[int, int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One part as the builder made it.
+
+    Attributes:
+        content: the bytes of the plan.
+        layers: of the detailed build log.
+        proved: how many fused attentions and 8-bit products they hold, which is all that the graph has.
+        seconds: that parsing and building took.
+    """
+
+    content: memoryview
+    layers: tuple[Layer, ...]
+    proved: Mapping[str, int]
+    seconds: float
 
 
 def import_tensorrt() -> ModuleType:
@@ -78,7 +97,7 @@ def build_plan(
     inputs: Mapping[str, TensorSpec],
     ranges: Mapping[str, Range],
     gpus: Sequence[str],
-) -> memoryview:
+) -> Plan:
     """Build one part's plan.
 
     Args:
@@ -91,9 +110,9 @@ def build_plan(
 
     Raises:
         EngineError: the parser refuses a node or leaves an input unused, the builder returns nothing or
-            refuses a target, or an attention was not fused. Nodes are named.
+            refuses a target, an attention was not fused, or an 8-bit product is none. Nodes are named.
     """
-    logger = _logger(trt)
+    began, logger = perf_counter(), _logger(trt)
     logger.lines.clear()
     builder = trt.Builder(logger)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
@@ -104,13 +123,9 @@ def build_plan(
         raise EngineError(
             f"{name}: {trt.__name__} cannot take this graph: {'; '.join(errors) or 'no reason given'}"
         )
+    graph = onnx.load(file, load_external_data=False).graph
     read = {network.get_input(i).name for i in range(network.num_inputs)}
-    unused = [key for key in inputs if key not in read]
-    unused += [text for _, text in logger.lines if "unused input" in text.lower()]
-    if unused:
-        raise EngineError(
-            f"{name}: Unused Input, which {trt.__name__} would ignore silently: {'; '.join(unused)}"
-        )
+    _check_unused(trt, name, graph, [key for key in inputs if key not in read])
 
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
@@ -126,8 +141,10 @@ def build_plan(
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise EngineError(f"{name}: {trt.__name__} built nothing: {_last_error(logger)}")
-    _check_attention(name, onnx.load(file, load_external_data=False), logger)
-    return memoryview(plan)
+    _check_unused(trt, name, graph, _UNUSED.findall("\n".join(text for _, text in logger.lines)))
+    layers = read_layers(text for _, text in logger.lines)
+    proved = check_layers(name, graph, layers)
+    return Plan(memoryview(plan), layers, proved, perf_counter() - began)
 
 
 def profile_ranges(block: int, capacity: int, latent_hw: tuple[int, int]) -> dict[str, Range]:
@@ -165,6 +182,19 @@ def _logger(trt: ModuleType) -> Any:
     return Logger()
 
 
+def _check_unused(
+    trt: ModuleType, name: str, graph: onnx.GraphProto, unused: Sequence[str]
+) -> None:
+    """Refuse inputs that TensorRT ignores: it says so in its log at most, and computes something else."""
+    if not unused:
+        return
+    readers = ", ".join(node.name for node in graph.node if set(unused) & set(node.input))
+    raise EngineError(
+        f"{name}: Unused Input {', '.join(dict.fromkeys(unused))} (read by {readers or 'no node'}), which "
+        f"{trt.__name__} ignores; lower the graph without it"
+    )
+
+
 def _set_targets(trt: ModuleType, name: str, config: Any, gpus: Sequence[str]) -> None:
     if not gpus:
         return
@@ -186,17 +216,3 @@ def _last_error(logger: Any) -> str:
     """The first error said, for it causes those that follow."""
     errors = [text for severity, text in logger.lines if severity <= 1]
     return " ".join(errors[0].split()) if errors else "no reason given"
-
-
-def _check_attention(name: str, model: onnx.ModelProto, logger: Any) -> None:
-    """Every Attention node became a fused kernel, as far as the detailed layer log tells."""
-    wanted = [node.name for node in model.graph.node if node.op_type == "Attention"]
-    layers = [text for _, text in logger.lines if "LayerType:" in text]
-    if not wanted or not layers:
-        return
-    fused = {match for text in layers for match in _FUSED_ATTENTION.findall(text)}
-    if len(fused) < len(wanted):
-        raise EngineError(
-            f"{name}: only {len(fused)} of {len(wanted)} attentions were fused ({', '.join(wanted)}); "
-            "such an engine is slow; use --precision fp16 and heads of at most 256 channels"
-        )

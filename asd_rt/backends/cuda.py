@@ -1,8 +1,10 @@
-"""The little of CUDA that a backend needs, by way of cuda-python: probe, allocate, copy, one stream."""
+"""The little of CUDA that a backend needs, by way of cuda-python: probe, memory, two streams, graphs."""
 
 from __future__ import annotations
 
+import ctypes
 import importlib
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -50,12 +52,33 @@ def present_gpu() -> str:
 
 
 class Cuda:
-    """Checked calls of the CUDA runtime, one stream, and every allocation made through it."""
+    """Checked calls of the CUDA runtime, two streams, and everything that was made through it.
+
+    Attributes:
+        stream: of passes and of what serves them.
+        codec_stream: of the codec; it waits for nothing that is queued on `stream`, and comes first where
+            both want the card.
+        closed: everything was released.
+    """
 
     def __init__(self, runtime: Any) -> None:
         self._runtime = runtime
         self._addresses: set[int] = set()
-        self.stream = self._checked(runtime.cudaStreamCreate())
+        self._pinned: set[int] = set()
+        self._graphs: list[Any] = []
+        self._events: list[Any] = []
+        self._streams: list[Any] = []
+        self.closed = False
+        flags = runtime.cudaStreamNonBlocking
+        try:
+            least, greatest = self._checked(runtime.cudaDeviceGetStreamPriorityRange())
+            for priority in (least, greatest):
+                stream = self._checked(runtime.cudaStreamCreateWithPriority(flags, priority))
+                self._streams.append(stream)
+        except BackendError:
+            self.close()
+            raise
+        self.stream, self.codec_stream = self._streams
 
     def _checked(self, result: tuple[Any, ...]) -> Any:
         error, *values = result
@@ -63,7 +86,7 @@ class Cuda:
             raise BackendError(
                 f"CUDA failed: {error.name}; if memory is short, use a smaller window or batch"
             )
-        return values[0] if values else None
+        return values[0] if len(values) == 1 else tuple(values)
 
     def allocate(self, size_bytes: int) -> int:
         """Address of `size_bytes` (at least 1) of device memory."""
@@ -75,65 +98,162 @@ class Cuda:
         self._addresses.remove(address)
         self._checked(self._runtime.cudaFree(address))
 
-    def upload(self, address: int, array: NDArray[Any]) -> None:
-        """Copy `array` to the device; done when this returns, so the caller may drop it."""
-        kind = self._runtime.cudaMemcpyKind.cudaMemcpyHostToDevice
-        self._copy(address, array.ctypes.data, array.nbytes, kind)
-        self.synchronize()
+    def allocate_host(self, size_bytes: int) -> int:
+        """Address of `size_bytes` (at least 1) of pinned host memory, which a copy may read later."""
+        address = int(self._checked(self._runtime.cudaMallocHost(max(1, size_bytes))))
+        self._pinned.add(address)
+        return address
 
-    def download(self, array: NDArray[Any], address: int) -> None:
-        """Copy from the device into `array`, after everything queued on the stream."""
+    def free_host(self, address: int) -> None:
+        self._pinned.remove(address)
+        self._checked(self._runtime.cudaFreeHost(address))
+
+    def upload(self, address: int, source: int, size_bytes: int, stream: Any) -> None:
+        """Queue a copy of pinned host memory to the device."""
+        kind = self._runtime.cudaMemcpyKind.cudaMemcpyHostToDevice
+        self._copy(address, source, size_bytes, kind, stream)
+
+    def download(self, array: NDArray[Any], address: int, stream: Any = None) -> None:
+        """Copy from the device into `array`, after everything queued on the stream; waits for it."""
+        stream = self.stream if stream is None else stream
         kind = self._runtime.cudaMemcpyKind.cudaMemcpyDeviceToHost
-        self._copy(array.ctypes.data, address, array.nbytes, kind)
-        self.synchronize()
+        self._copy(array.ctypes.data, address, array.nbytes, kind, stream)
+        self.synchronize(stream)
 
     def copy(self, target: int, source: int, size_bytes: int) -> None:
-        """Copy inside the device, queued on the stream."""
-        self._copy(
-            target, source, size_bytes, self._runtime.cudaMemcpyKind.cudaMemcpyDeviceToDevice
-        )
+        """Copy inside the device, queued on `stream`."""
+        kind = self._runtime.cudaMemcpyKind.cudaMemcpyDeviceToDevice
+        self._copy(target, source, size_bytes, kind, self.stream)
 
-    def _copy(self, target: int, source: int, size_bytes: int, kind: Any) -> None:
+    def _copy(self, target: int, source: int, size_bytes: int, kind: Any, stream: Any) -> None:
         if size_bytes:
-            self._checked(
-                self._runtime.cudaMemcpyAsync(target, source, size_bytes, kind, self.stream)
-            )
+            self._checked(self._runtime.cudaMemcpyAsync(target, source, size_bytes, kind, stream))
 
-    def synchronize(self) -> None:
-        self._checked(self._runtime.cudaStreamSynchronize(self.stream))
+    def new_event(self) -> Any:
+        """An event for `record`."""
+        runtime = self._runtime
+        event = self._checked(runtime.cudaEventCreateWithFlags(runtime.cudaEventDisableTiming))
+        self._events.append(event)
+        return event
+
+    def free_event(self, event: Any) -> None:
+        self._events.remove(event)
+        self._checked(self._runtime.cudaEventDestroy(event))
+
+    def record(self, event: Any, stream: Any) -> None:
+        """`event` happens when all that is queued on `stream` by now has run."""
+        self._checked(self._runtime.cudaEventRecord(event, stream))
+
+    def wait(self, event: Any) -> None:
+        """Let the host wait for `event`; returns at once where it was never recorded."""
+        self._checked(self._runtime.cudaEventSynchronize(event))
+
+    def capture(self, queue: Callable[[], None]) -> Any:
+        """What `queue` queues on `stream`, as a graph for `launch`; nothing of it runs.
+
+        Raises:
+            BackendError: it cannot be captured; the stream is as before.
+        """
+        runtime = self._runtime
+        mode = runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+        self._checked(runtime.cudaStreamBeginCapture(self.stream, mode))
+        graph = None
+        try:
+            try:
+                queue()
+            finally:  # a stream left capturing would be of no use
+                error, graph = runtime.cudaStreamEndCapture(self.stream)
+            self._checked((error,))
+            whole = self._checked(runtime.cudaGraphInstantiate(graph, 0))
+        finally:
+            if graph is not None:
+                runtime.cudaGraphDestroy(graph)
+        self._graphs.append(whole)
+        return whole
+
+    def launch(self, graph: Any) -> None:
+        """Queue a captured graph on `stream`."""
+        self._checked(self._runtime.cudaGraphLaunch(graph, self.stream))
+
+    def drop(self, graph: Any) -> None:
+        """Release a captured graph that does not run."""
+        self._graphs.remove(graph)
+        self._checked(self._runtime.cudaGraphExecDestroy(graph))
+
+    def synchronize(self, stream: Any = None) -> None:
+        """Let the host wait for `stream`, or for both."""
+        for one in self._streams if stream is None else [stream]:
+            self._checked(self._runtime.cudaStreamSynchronize(one))
 
     def close(self) -> None:
-        """Free everything; may be called twice."""
-        for address in sorted(self._addresses):
-            self.free(address)
-        if self.stream is not None:
-            stream, self.stream = self.stream, None
-            self._checked(self._runtime.cudaStreamDestroy(stream))
+        """Release everything, whatever fails on the way; may be called twice.
+
+        Raises:
+            BackendError: something could not be released, or an earlier pass failed.
+        """
+        runtime, self.closed = self._runtime, True
+        todo = [
+            *((runtime.cudaStreamSynchronize, stream) for stream in self._streams),
+            *((runtime.cudaGraphExecDestroy, graph) for graph in self._graphs),
+            *((runtime.cudaEventDestroy, event) for event in self._events),
+            *((runtime.cudaFree, address) for address in sorted(self._addresses)),
+            *((runtime.cudaFreeHost, address) for address in sorted(self._pinned)),
+            *((runtime.cudaStreamDestroy, stream) for stream in self._streams),
+        ]
+        self._streams, self._graphs, self._events = [], [], []
+        self._addresses, self._pinned = set(), set()
+        results = [release(handle) for release, handle in todo]
+        for result in results:
+            self._checked(result)
 
 
 class DeviceArray:
-    """A device buffer that grows to what is put into it."""
+    """A device buffer that grows to what is put into it, with pinned memory that it is filled from."""
 
-    def __init__(self, cuda: Cuda) -> None:
+    def __init__(self, cuda: Cuda, stream: Any = None) -> None:
+        """A buffer used on `stream` (None = that of passes)."""
         self._cuda, self._address, self._bytes = cuda, 0, 0
+        self._stream = cuda.stream if stream is None else stream
+        self._host, self._host_bytes = 0, 0
+        self._copied: Any = None
 
     def room(self, size_bytes: int) -> int:
         """Address of at least `size_bytes`; older contents are lost when it grows."""
         if not self._address or size_bytes > self._bytes:
-            self.release()
+            self._release_device()
             self._address, self._bytes = self._cuda.allocate(size_bytes), size_bytes
         return self._address
 
+    def _release_device(self) -> None:
+        if self._address:
+            self._cuda.synchronize(self._stream)
+            address, self._address = self._address, 0
+            self._cuda.free(address)
+
     def release(self) -> None:
         """Free the buffer, after everything queued has run."""
-        if self._address:
-            self._cuda.synchronize()
-            self._cuda.free(self._address)
-            self._address = 0
+        self._release_device()
+        if self._host:
+            host, self._host, self._host_bytes = self._host, 0, 0
+            self._cuda.free_host(host)
+        if self._copied is not None:
+            event, self._copied = self._copied, None
+            self._cuda.free_event(event)
 
     def put(self, array: NDArray[Any]) -> Binding:
-        """Upload `array`."""
+        """Queue the upload of a copy of `array`; waits for nothing but its own last upload."""
         array = np.ascontiguousarray(array)
         address = self.room(array.nbytes)
-        self._cuda.upload(address, array)
+        if self._copied is None:
+            self._copied = self._cuda.new_event()
+        else:
+            self._cuda.wait(self._copied)
+        if not self._host or array.nbytes > self._host_bytes:
+            if self._host:
+                host, self._host = self._host, 0
+                self._cuda.free_host(host)
+            self._host, self._host_bytes = self._cuda.allocate_host(array.nbytes), array.nbytes
+        ctypes.memmove(self._host, array.ctypes.data, array.nbytes)
+        self._cuda.upload(address, self._host, array.nbytes, self._stream)
+        self._cuda.record(self._copied, self._stream)
         return address, array.shape

@@ -126,7 +126,7 @@ class OrtEngine:
                 late += ("prompt",)
             if part not in late:
                 self.session(part)
-        self.denoiser = OrtDenoiser(path, manifest, self.session)
+        self.denoiser = self.new_denoiser()
 
     @property
     def device(self) -> str:
@@ -223,8 +223,15 @@ class OrtEngine:
             (result,) = session.run([output], inputs)
         return np.asarray(result)
 
+    def new_denoiser(self) -> OrtDenoiser:
+        return OrtDenoiser(self.path, self.manifest, self.session)
+
     def encode_prompt(self, tokens: NDArray[np.int64]) -> FloatArray:
         return self.run_part("text", "context", tokens=tokens)
+
+    def new_codec_stream(self, part: str, latent_hw: tuple[int, int]) -> OrtCodecStream:
+        """As `codec_stream`, whose streams share nothing anyway; the caller releases it."""
+        return self.codec_stream(part, latent_hw)
 
     def codec_stream(self, part: str, latent_hw: tuple[int, int]) -> OrtCodecStream:
         part_path(self.path, self.manifest, part)  # raises where there is none

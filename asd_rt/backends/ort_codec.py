@@ -54,6 +54,10 @@ class OrtCodecStream:
         with run_errors(self._where):
             session.run_with_iobinding(binding)
 
+    def release(self) -> None:
+        """Free all memory; the stream is of no use afterwards."""
+        self._states = None
+
     def _allocate(self) -> dict[str, NDArray[Any]]:
         shapes = {
             name: (resolve_shape(spec, self._sizes), spec.dtype)

@@ -1,9 +1,8 @@
 """ONNX Runtime on an NVIDIA card: the parts of an ONNX engine in the loop that plans run in.
 
-Cache, prompt and codec state stay in device memory that is bound by address, as in the TensorRT backend,
-whose denoiser and codec streams are used here. ONNX Runtime runs on the same CUDA stream as the copies, so
-nothing waits for the host inside a pass. What it would compute on the CPU instead is an error: it lists its
-CUDA provider even where there is no card, and falls back without a word.
+Cache, prompt and codec state stay in device memory that is bound by address. ONNX Runtime runs on the same
+CUDA stream as the copies, so nothing waits for the host inside a pass. What it would compute on the CPU
+instead is an error: it lists its CUDA provider even where there is no card, and falls back without a word.
 """
 
 from __future__ import annotations
@@ -16,17 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from asd_rt.backends.base import FloatArray
-from asd_rt.backends.cuda import Binding, Cuda, DeviceArray, import_cuda, present_gpu
+from asd_rt.backends.cuda import Binding, Cuda, import_cuda, present_gpu
+from asd_rt.backends.device import DeviceEngine
 from asd_rt.backends.ort import import_onnxruntime
 from asd_rt.backends.ort_denoiser import run_errors
-from asd_rt.backends.tensorrt import TrtDenoiser
-from asd_rt.backends.tensorrt_codec import TrtCodecStream
 from asd_rt.decoding import resolve_shape
 from asd_rt.errors import BackendError, EngineError
-from asd_rt.manifest import REBUILD, Manifest, Part, part_path
+from asd_rt.manifest import REBUILD, Manifest, Part
 
 CUDA_PROVIDER = "CUDAExecutionProvider"
 INSTALL = "pip install 'asd-rt[gpu]', in an environment without [cpu]: the two exclude each other"
@@ -68,75 +64,79 @@ def open_engine(path: Path, manifest: Manifest) -> OrtCudaEngine:
 
 
 class OrtCudaPart:
-    """One graph whose inputs and outputs are device memory."""
+    """One graph, loaded."""
 
-    def __init__(self, file: Path, part: Part, ort: Any, session: Any, device: str) -> None:
-        """`session` of `file`, which `part` describes; `device` as ONNX Runtime names its memory."""
-        self._file, self._part, self._device = file, part, device
-        self._session = session
-        self._binding = session.io_binding()
-        self._options = ort.RunOptions()
+    def __init__(self, file: Path, part: Part, ort: Any, session: Any, memory: str) -> None:
+        """`session` of `file`, which `part` describes; `memory` as ONNX Runtime names the card's."""
+        self.file, self.part, self.session, self.memory = file, part, session, memory
+        self.options = ort.RunOptions()
         # The stream is ours; what comes after the pass is queued on it too.
-        self._options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+        self.options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+        self.usual = self.new_context()
+
+    def new_context(self) -> OrtCudaContext:
+        """Tensors of one size of pass."""
+        return OrtCudaContext(self)
+
+
+class OrtCudaContext:
+    """See `asd_rt.backends.device.DeviceContext`."""
+
+    def __init__(self, part: OrtCudaPart) -> None:
+        self._of = part
+        self._binding = part.session.io_binding()
         self._sizes: dict[str, int] = {}
 
     def set_inputs(self, inputs: Mapping[str, Binding]) -> None:
         for name, (address, shape) in inputs.items():
-            spec = self._part.inputs[name]
-            self._sizes |= {
-                n: size for n, size in zip(spec.shape, shape, strict=True) if isinstance(n, str)
-            }
-            self._binding.bind_input(name, self._device, 0, np.dtype(spec.dtype), shape, address)
+            spec = self._of.part.inputs[name]
+            symbols = zip(spec.shape, shape, strict=True)
+            self._sizes |= {n: size for n, size in symbols if isinstance(n, str)}
+            dtype = np.dtype(spec.dtype)
+            self._binding.bind_input(name, self._of.memory, 0, dtype, shape, address)
+
+    def set_outputs(self, outputs: Mapping[str, int]) -> None:
+        for name, address in outputs.items():
+            dtype, shape = np.dtype(self._of.part.outputs[name].dtype), self.shape_of(name)
+            self._binding.bind_output(name, self._of.memory, 0, dtype, shape, address)
 
     def shape_of(self, output: str) -> tuple[int, ...]:
-        """Shape of an output, once all inputs are set."""
-        return resolve_shape(self._part.outputs[output], self._sizes)
+        return resolve_shape(self._of.part.outputs[output], self._sizes)
 
-    def run(self, outputs: Mapping[str, int]) -> None:
-        """Queue one pass that writes `outputs` (addresses by name)."""
-        for name, address in outputs.items():
-            dtype, shape = np.dtype(self._part.outputs[name].dtype), self.shape_of(name)
-            self._binding.bind_output(name, self._device, 0, dtype, shape, address)
-        with run_errors(f"{self._file}"):
-            self._session.run_with_iobinding(self._binding, self._options)
+    def run(self) -> None:
+        with run_errors(f"{self._of.file}"):
+            self._of.session.run_with_iobinding(self._binding, self._of.options)
+
+    def replay(self) -> None:
+        self.run()
+
+    def release(self) -> None:
+        """Nothing is held but addresses."""
 
 
-class OrtCudaEngine:
-    """All parts of an ONNX engine on a card; see `asd_rt.backends.base.Engine`."""
+class OrtCudaEngine(DeviceEngine):
+    """All parts of an ONNX engine on a card."""
 
     provider, memory = CUDA_PROVIDER, "cuda"
     config: Mapping[str, str] = {"session.disable_cpu_ep_fallback": "1"}
 
     def __init__(self, path: Path, manifest: Manifest, ort: Any, cuda: Cuda, gpu: str) -> None:
-        self.path, self.manifest, self.cuda = path, manifest, cuda
-        self.device = f"{self.provider}, {gpu}"
         self._ort = ort
-        self._parts: dict[str, OrtCudaPart] = {}
-        self._streams: dict[tuple[str, tuple[int, int]], TrtCodecStream] = {}
-        self._closed = False
-        self.denoiser = TrtDenoiser(self)
-        self.part("denoiser")  # what is wrong with the provider shows now
+        super().__init__(path, manifest, cuda, f"{self.provider}, {gpu}")
+        try:
+            self.part("denoiser")  # what is wrong with the provider shows now
+        except BaseException:
+            self.close()
+            raise
 
-    def part(self, name: str) -> OrtCudaPart:
-        """The part `name`, loaded once."""
-        if self._closed:
-            raise BackendError(f"{self.path}: the engine is closed; open it again with asd_rt.open")
-        if name not in self._parts:
-            file = part_path(self.path, self.manifest, name)
-            session = self._load(file)
-            self._parts[name] = OrtCudaPart(
-                file, self.manifest.parts[name], self._ort, session, self.memory
-            )
-        return self._parts[name]
-
-    def _load(self, file: Path) -> Any:
+    def _load(self, name: str, file: Path, stream: Any) -> OrtCudaPart:
         options = self._ort.SessionOptions()
         options.log_severity_level = 4  # what goes wrong is raised, and said once
         for entry in self.config.items():
             options.add_session_config_entry(*entry)
         try:
             session = self._ort.InferenceSession(
-                str(file), options, providers=[(self.provider, self._provider_options())]
+                str(file), options, providers=[(self.provider, self._provider_options(stream))]
             )
         except (
             Exception
@@ -150,34 +150,10 @@ class OrtCudaEngine:
         if active[:1] != [self.provider]:
             raise BackendError(
                 f"{file}: asked for {self.provider}, got {', '.join(active)}; CUDA's or cuDNN's libraries "
-                f"are missing: pip install 'onnxruntime-gpu[cuda,cudnn]'"
+                f"are missing: {INSTALL}"
             )
         session.disable_fallback()
-        return session
+        return OrtCudaPart(file, self.manifest.parts[name], self._ort, session, self.memory)
 
-    def _provider_options(self) -> dict[str, str]:
-        return {"device_id": "0", "user_compute_stream": str(int(self.cuda.stream))}
-
-    def encode_prompt(self, tokens: NDArray[np.int64]) -> FloatArray:
-        part, given, made = self.part("text"), DeviceArray(self.cuda), DeviceArray(self.cuda)
-        part.set_inputs({"tokens": given.put(tokens)})
-        result = np.empty(part.shape_of("context"), np.float32)
-        address = made.room(result.nbytes)
-        part.run({"context": address})
-        self.cuda.download(result, address)
-        made.release()
-        given.release()
-        return result
-
-    def codec_stream(self, part: str, latent_hw: tuple[int, int]) -> TrtCodecStream:
-        part_path(self.path, self.manifest, part)  # raises where there is none
-        key = (part, latent_hw)
-        if key not in self._streams:
-            self._streams[key] = TrtCodecStream(self, part, latent_hw)
-        return self._streams[key]
-
-    def close(self) -> None:
-        self._closed = True
-        self._parts.clear()
-        self._streams.clear()
-        self.cuda.close()
+    def _provider_options(self, stream: Any) -> dict[str, str]:
+        return {"device_id": "0", "user_compute_stream": str(int(stream))}

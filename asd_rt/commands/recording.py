@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import signal
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from threading import Event
 from time import perf_counter
 from typing import Any
 
@@ -69,12 +72,9 @@ class Recording:
         with (
             ThreadedWriter(open_writer(self._out, manifest.fps)) as writer,
             Progress("blocks", blocks) as progress,
+            nullcontext() if self._frames else ctrl_c() as stop,
         ):
-            try:
-                self._write_all(stream, writer, progress, list(later), recache, start, begin)
-            except KeyboardInterrupt:
-                if self._frames:
-                    raise
+            self._write_all(stream, writer, progress, list(later), recache, start, begin, stop)
         self._settle()
 
     def _write_all(
@@ -86,12 +86,13 @@ class Recording:
         recache: bool,
         start: Start | None,
         begin: float,
+        stop: Event | None,
     ) -> None:
         manifest = self._session.manifest
         size, temporal = manifest.cache.block_frames, temporal_factor(manifest)
         first_latent: int | None = None
         shown = len(start.frames) if start is not None and start.shown else 0
-        while True:
+        while stop is None or not stop.is_set():
             switched = None
             while later and later[0].frame <= self._written + shown:
                 switched = later.pop(0)
@@ -119,6 +120,8 @@ class Recording:
             self._written += len(frames)
             self._last = block, len(frames)
             progress.advance(f"{block.block_ms:.0f} ms a block")
+
+        stream.close()
 
     def _note(self, switched: PromptAt, block: Block, frame: int, recache: bool) -> None:
         self._switched.append(
@@ -159,6 +162,23 @@ class Recording:
             "blocks": [shown for shown, _ in figures],
             "summary": timing.summarise([timed for _, timed in figures]),
         }
+
+
+@contextmanager
+def ctrl_c() -> Iterator[Event]:
+    """An event that Ctrl-C sets, so that what is under way ends whole; a second Ctrl-C interrupts it."""
+    stop = Event()
+
+    def set_or_raise(*_: object) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    before = signal.signal(signal.SIGINT, set_or_raise)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def durations(block: Block) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from asd_rt.embeddings import Embeddings, read_embeddings
 from asd_rt.kv_cache import FrameSlots
 from asd_rt.noise import MAX_SEED
 from asd_rt.session import open_session
-from asd_rt.steering import Refresh
+from asd_rt.steering import check_refresh
 from asd_rt.video import check_output
 
 HELP = "generate a video from a prompt"
@@ -110,8 +110,6 @@ def execute(args: argparse.Namespace) -> Outcome:
     if args.show_start and args.image is None and args.video is None:
         problems.usage("--show-start goes with --image or --video; name a file, or leave it out")
     refresh_every = problems.integer("--refresh-every", args.refresh_every, 1)
-    if args.refresh and args.refresh_every is None:
-        problems.usage("--refresh goes with --refresh-every; say after how many blocks")
     if args.json and args.out == "-":
         problems.usage("--json and --out - both write to stdout; write the video to a file")
     with problems.collect():
@@ -129,7 +127,6 @@ def execute(args: argparse.Namespace) -> Outcome:
         given = 0 if start is None else latent_count(temporal_factor(manifest), len(start.frames))
         frames = default_frames(manifest, given) if frames is None else frames
         total = frames and frames + given
-        refresh = Refresh(refresh_every or 0, args.refresh or "first")
         check_prompts_at(path, manifest, later, problems)
 
         def check_prompt() -> None:
@@ -143,7 +140,7 @@ def execute(args: argparse.Namespace) -> Outcome:
             lambda: check_can_decode(path, manifest),
             check_prompt,
             lambda: FrameSlots(manifest.cache, total),
-            lambda: refresh.check(manifest.cache),
+            lambda: check_refresh(refresh_every or 0, manifest.cache),
             lambda: check_ends(manifest, later, frames, start),
             lambda: make_plan(manifest, steps, first_steps, deadline.block_ms(manifest)),
         ):
@@ -165,8 +162,7 @@ def execute(args: argparse.Namespace) -> Outcome:
             seed=seed,
             steps=steps,
             first_steps=first_steps,
-            refresh_every=refresh.every_blocks,
-            refresh=refresh.kind,
+            refresh_every=refresh_every or 0,
             **asked,
         )
         document = {
@@ -177,20 +173,20 @@ def execute(args: argparse.Namespace) -> Outcome:
             "device": session.engine.device,
             "out": args.out,
             **asked,
-            **_steering(start, refresh),
+            **_steering(start, refresh_every),
             "open_ms": round(open_ms, 3),
             **video.report(),
         }
     return Outcome(document, _text(document), to_stderr=args.out == "-")
 
 
-def _steering(start: Start | None, refresh: Refresh) -> dict[str, Any]:
+def _steering(start: Start | None, refresh_every: int | None) -> dict[str, Any]:
     """What a report says of a start and of refreshes; nothing where there are none."""
     said: dict[str, Any] = {}
     if start is not None:
         said["start"] = {"file": start.path, "frames": len(start.frames), "shown": start.shown}
-    if refresh.every_blocks:
-        said["refresh"] = {"every_blocks": refresh.every_blocks, "kept": refresh.kind}
+    if refresh_every:
+        said["refresh_every_blocks"] = refresh_every
     return said
 
 

@@ -7,7 +7,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
 
 from asd_rt.arguments import check_can_encode, prompt_tokens
 from asd_rt.commands.common import Problems
@@ -15,7 +14,6 @@ from asd_rt.decoding import block_frame_count, temporal_factor
 from asd_rt.errors import AsdError, ConfigError, PromptError
 from asd_rt.manifest import Manifest
 from asd_rt.plan import count_blocks
-from asd_rt.steering import RefreshKind
 from asd_rt.video_reader import Pixels, read_clip, read_picture
 
 _PROMPT_AT = re.compile(r"([0-9]{1,15}):(.*)", re.DOTALL)
@@ -45,7 +43,7 @@ class Start:
 
 
 def add_steering(parser: argparse.ArgumentParser) -> None:
-    """--prompt-at, --recache, --image, --video, --show-start, --refresh-every and --refresh."""
+    """--prompt-at, --recache, --image, --video, --show-start and --refresh-every."""
     parser.add_argument(
         "--prompt-at",
         metavar="FRAME:TEXT",
@@ -69,12 +67,8 @@ def add_steering(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--refresh-every",
         metavar="N",
-        help="blocks after which the cache starts over, so that a long video does not drift (default: never)",
-    )
-    parser.add_argument(
-        "--refresh",
-        choices=get_args(RefreshKind),
-        help="what it keeps then: first (block; the default), last, all of the window, or nothing",
+        help="blocks after which the cache starts over from the first one, so that a long video does not "
+        "drift; the picture jumps then (default: never)",
     )
 
 

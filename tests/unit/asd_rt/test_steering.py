@@ -16,7 +16,7 @@ from asd_rt.kv_cache import FrameSlots
 from asd_rt.noise import gaussian
 from asd_rt.plan import FixedPlan
 from asd_rt.schedule import Schedule
-from asd_rt.steering import CleanBlocks, Refresh
+from asd_rt.steering import CleanBlocks
 
 OLD, NEW = gaussian((1, 3, 3), 1, 0, 0), gaussian((1, 4, 3), 2, 0, 0)
 CACHE = CacheConfig(2, window_frames=6, sink_frames=1)
@@ -48,25 +48,13 @@ def test_clean_blocks_are_bounded_and_serve_refills_and_refreshes(
     for refill in slots.refill():
         number = refill.frames.start // block
         assert clean[number] == number
-    last = blocks - 1
-    assert clean.kept("nothing", cache) == []
-    assert clean.kept("first", cache) == [0]
-    assert clean.kept("last", cache) == [last]
-    kept = [int(x[0]) for x in clean.kept("window", cache)]
-    room = (cache.window_frames - block) // block
-    assert kept == sorted(set(kept)) and len(kept) == min(room, blocks)
-    sinks = min(-(-sink // block), room, blocks)
-    assert kept[:sinks] == list(range(sinks))
-    newest = len(kept) - sinks
-    assert kept[sinks:] == list(range(blocks - newest, blocks))
+    assert clean[0] == 0
 
 
-@pytest.mark.parametrize(
-    "fields", [{"every_blocks": -1}, {"every_blocks": 1.5}, {"every_blocks": 2, "kind": "some"}]
-)
-def test_impossible_refreshes(fields) -> None:
-    with pytest.raises(ConfigError, match="refresh"):
-        Refresh(**fields)
+@pytest.mark.parametrize("every", [-1, 1.5, True, "3"])
+def test_impossible_refreshes(network, every) -> None:
+    with pytest.raises(ConfigError, match="refresh-every must be"):
+        loop(network, 4, refresh_every=every)
 
 
 def test_a_switch_takes_effect_at_the_next_block_and_keeps_the_cache(network) -> None:
@@ -139,23 +127,36 @@ def test_an_endless_video_equals_a_bounded_one_and_holds_as_much(network, join) 
 
 @pytest.mark.parametrize("join", [False, True])
 def test_a_refresh_restarts_positions_and_counts_on(network, join) -> None:
-    refresh = Refresh(5, "first")
-    blocks = list(loop(network, 24, join, plan=FixedPlan(1, 1), refresh=refresh))
+    blocks = list(loop(network, 24, join, plan=FixedPlan(1, 1), refresh_every=5))
     assert [b.first_frame for b in blocks] == list(range(0, 24, 2))
     assert [b.switch_ms is not None for b in blocks] == [i in (5, 10) for i in range(12)]
     frames = [call[1] for call in (*network.calls, *network.joined_calls)]
     assert max(f.stop for f in frames) == 12  # the first block, and five more
 
 
-def test_a_refresh_with_a_new_prompt_computes_the_kept_blocks_under_it(network) -> None:
-    video, blocks = loop(network, 8, plan=FixedPlan(1, 1), refresh=Refresh(2, "last")), []
+def test_a_refresh_goes_on_from_the_first_block_under_the_same_prompt(network) -> None:
+    blocks = list(loop(network, 8, plan=FixedPlan(1, 1), refresh_every=3))
+    expected = first_after(network, blocks[0].latents, context=OLD)
+    np.testing.assert_array_equal(blocks[3].latents, expected)
+
+
+def test_behind_a_new_prompt_a_refresh_begins_a_new_video_and_the_next_keeps_its_first_block(
+    network,
+) -> None:
+    video, blocks = loop(network, 12, plan=FixedPlan(1, 1), refresh_every=2), []
     for block in video:
         blocks.append(block)
-        if len(blocks) == 2:
+        if len(blocks) == 1:
             video.switch_prompt(NEW)
-    noise = np.concatenate([np.zeros((1, 2, 2, 4, 2)), gaussian((1, 2, 2, 4, 2), 0, 2, 0)], axis=1)
-    (expected,) = loop(
-        network, 4, context=NEW, initial=blocks[1].latents, noise=noise.astype(np.float32),
-        plan=FixedPlan(1, 1),
-    )  # fmt: skip
-    np.testing.assert_array_equal(blocks[2].latents, expected.latents)
+    third = gaussian((1, 2, 2, 4, 2), 0, 2, 0)
+    (new,) = loop(network, 2, context=NEW, plan=FixedPlan(1, 1), noise=third)
+    np.testing.assert_array_equal(blocks[2].latents, new.latents)
+    expected = first_after(network, blocks[2].latents, block=4, context=NEW)
+    np.testing.assert_array_equal(blocks[4].latents, expected)
+
+
+def first_after(network, given, block: int = 3, **fields: Any) -> np.ndarray:
+    """The block that follows `given` with the noise of `block`."""
+    noise = np.concatenate([np.zeros_like(given), gaussian(given.shape, 0, block, 0)], axis=1)
+    (found,) = loop(network, 4, plan=FixedPlan(1, 1), initial=given, noise=noise, **fields)
+    return found.latents

@@ -12,8 +12,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from enum import Enum
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from types import ModuleType, SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import onnxruntime
@@ -21,6 +21,7 @@ import pytest
 
 from asd_rt.backends import cuda
 from asd_rt.backends.ort import open_engine as open_ort
+from asd_rt.backends.shared import SharedEngine
 from asd_rt.backends.tensorrt import open_engine
 from asd_rt.decoding import Decoder, Encoder
 from asd_rt.errors import AsdError, BackendError, EngineError
@@ -35,6 +36,7 @@ class Error(Enum):
     cudaSuccess = 0
     cudaErrorInsufficientDriver = 35
     cudaErrorMemoryAllocation = 2
+    cudaErrorStreamCaptureUnsupported = 900
 
 
 class Kind(Enum):
@@ -48,60 +50,163 @@ class Attribute(Enum):
     cudaDevAttrComputeCapabilityMinor = 9
 
 
+class CaptureMode(Enum):
+    cudaStreamCaptureModeThreadLocal = 1
+
+
+PASSES, CODEC = 7, 8  # streams, in the order in which they are made
+OK = Error.cudaSuccess
+
+
 class FakeCuda(ModuleType):
-    """cuda.bindings.runtime over host memory."""
+    """cuda.bindings.runtime over host memory, which notes what is done in which order.
+
+    Attributes:
+        memory: buffers by address, of the device and pinned.
+        calls: (what, stream, more) of everything queued, replayed or waited for.
+        captured: while a stream is capturing, what it would do.
+    """
 
     cudaError_t, cudaMemcpyKind, cudaDeviceAttr = Error, Kind, Attribute
+    cudaStreamCaptureMode = CaptureMode
+    cudaEventDisableTiming, cudaStreamNonBlocking = 2, 1
 
     def __init__(self, cards: int = 1, error: Error = Error.cudaSuccess) -> None:
         super().__init__("cuda.bindings.runtime")
         self.cards, self.error = cards, error
         self.memory: dict[int, Any] = {}
-        self.streams = 0
+        self.streams: list[int] = []
+        self.graphs: dict[int, list[Callable[[], None]]] = {}
+        self.executables: dict[int, list[Callable[[], None]]] = {}
+        self.events: set[int] = set()
+        self.captured: list[Callable[[], None]] | None = None
+        self.calls: list[tuple[Any, ...]] = []
+        self.handle = 100
 
     def cudaGetDeviceCount(self) -> tuple[Error, int]:
         return self.error, self.cards
 
     def cudaDeviceGetAttribute(self, kind: Attribute, card: int) -> tuple[Error, int]:
-        return Error.cudaSuccess, kind.value
+        return OK, kind.value
 
-    def cudaStreamCreate(self) -> tuple[Error, int]:
-        self.streams += 1
-        return Error.cudaSuccess, 7
+    def cudaDeviceGetStreamPriorityRange(self) -> tuple[Error, int, int]:
+        return OK, 0, -5
+
+    def cudaStreamCreateWithPriority(self, flags: int, priority: int) -> tuple[Error, int]:
+        assert flags == self.cudaStreamNonBlocking
+        self.streams.append(PASSES if priority == 0 else CODEC)
+        return OK, self.streams[-1]
 
     def cudaStreamDestroy(self, stream: int) -> tuple[Error]:
-        self.streams -= 1
-        return (Error.cudaSuccess,)
+        self.streams.remove(stream)
+        return (OK,)
 
     def cudaStreamSynchronize(self, stream: int) -> tuple[Error]:
-        return (Error.cudaSuccess,)
+        assert self.captured is None, "a stream that captures must not be waited for"
+        self.calls.append(("synchronize", stream))
+        return (OK,)
 
-    def cudaMalloc(self, size: int) -> tuple[Error, int]:
+    def _make(self) -> int:
+        self.handle += 1
+        return self.handle
+
+    def cudaEventCreateWithFlags(self, flags: int) -> tuple[Error, int]:
+        self.events.add(self._make())
+        return OK, self.handle
+
+    def cudaEventRecord(self, event: int, stream: int) -> tuple[Error]:
+        self.calls.append(("record", stream, event))
+        return (OK,)
+
+    def cudaEventSynchronize(self, event: int) -> tuple[Error]:
+        self.calls.append(("wait", None, event))
+        return (OK,)
+
+    def cudaEventDestroy(self, event: int) -> tuple[Error]:
+        self.events.remove(event)
+        return (OK,)
+
+    def _allocate(self, size: int) -> tuple[Error, int]:
+        assert self.captured is None, "nothing may be allocated while a stream captures"
         buffer = ctypes.create_string_buffer(size)
         self.memory[ctypes.addressof(buffer)] = buffer
-        return Error.cudaSuccess, ctypes.addressof(buffer)
+        return OK, ctypes.addressof(buffer)
 
-    def cudaFree(self, address: int) -> tuple[Error]:
+    cudaMalloc = cudaMallocHost = _allocate
+
+    def _free(self, address: int) -> tuple[Error]:
         del self.memory[address]
-        return (Error.cudaSuccess,)
+        return (OK,)
+
+    cudaFree = cudaFreeHost = _free
+
+    def queue(self, what: str, stream: int, act: Callable[[], None], *more: Any) -> None:
+        """Do it, or keep it for the graph that is being captured."""
+        self.calls.append((what, stream, *more))
+        if self.captured is None:
+            act()
+        else:
+            self.captured.append(act)
 
     def cudaMemcpyAsync(
         self, to: int, source: int, size: int, kind: Kind, stream: int
     ) -> tuple[Error]:
-        ctypes.memmove(to, source, size)
-        return (Error.cudaSuccess,)
+        if kind is Kind.cudaMemcpyHostToDevice:
+            assert source in self.memory, "only pinned memory may be read after the call"
+        self.queue(kind.name[10:], stream, lambda: ctypes.memmove(to, source, size), to, size)
+        return (OK,)
+
+    def cudaStreamBeginCapture(self, stream: int, mode: CaptureMode) -> tuple[Error]:
+        assert mode is CaptureMode.cudaStreamCaptureModeThreadLocal and self.captured is None
+        self.calls.append(("begin", stream))
+        self.captured = []
+        return (OK,)
+
+    def cudaStreamEndCapture(self, stream: int) -> tuple[Error, int | None]:
+        self.calls.append(("end", stream))
+        kept, self.captured = self.captured, None
+        assert kept is not None
+        self.graphs[self._make()] = kept
+        return OK, self.handle
+
+    def cudaGraphInstantiate(self, graph: int, flags: int) -> tuple[Error, int]:
+        self.executables[self._make()] = self.graphs[graph]
+        return OK, self.handle
+
+    def cudaGraphDestroy(self, graph: int) -> tuple[Error]:
+        del self.graphs[graph]
+        return (OK,)
+
+    def cudaGraphLaunch(self, graph: int, stream: int) -> tuple[Error]:
+        self.calls.append(("launch", stream, graph))
+        for act in self.executables[graph]:
+            act()
+        return (OK,)
+
+    def cudaGraphExecDestroy(self, graph: int) -> tuple[Error]:
+        del self.executables[graph]
+        return (OK,)
+
+    def nothing_is_left(self) -> bool:
+        held = (self.memory, self.streams, self.graphs, self.executables, self.events)
+        return not any(held)
 
 
 class FakeContext:
     """An execution context that runs an ONNX graph."""
 
-    def __init__(self, session: Any) -> None:
-        self.session = session
+    def __init__(self, session: Any, cuda: FakeCuda) -> None:
+        self.session, self.cuda = session, cuda
         self.types = {
             v.name: DTYPES[v.type] for v in (*session.get_inputs(), *session.get_outputs())
         }
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.addresses: dict[str, int] = {}
+        self.scratch: int | None = None
+
+    def set_device_memory(self, address: int, size: int) -> None:
+        assert size == FakeEngine.device_memory_size_v2 and address in self.cuda.memory
+        self.scratch = address
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         self.shapes[name] = tuple(shape)
@@ -111,42 +216,74 @@ class FakeContext:
         self.addresses[name] = address
         return name in self.types
 
-    def _feeds(self) -> dict[str, Any]:
+    def _run(
+        self, names: list[str], shapes: dict[str, tuple[int, ...]], addresses: dict[str, int]
+    ) -> list[Any]:
         feeds = {}
-        for name, shape in self.shapes.items():
+        for name, shape in shapes.items():
             array = np.empty(shape, self.types[name])
-            ctypes.memmove(array.ctypes.data, self.addresses[name], array.nbytes)
+            ctypes.memmove(array.ctypes.data, addresses[name], array.nbytes)
             feeds[name] = array
-        return feeds
+        return list(self.session.run(names, feeds))
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self.session.run([name], self._feeds())[0].shape)
+        return tuple(self._run([name], self.shapes, self.addresses)[0].shape)
 
     def execute_async_v3(self, stream: int) -> bool:
         names = [v.name for v in self.session.get_outputs()]
-        for name, array in zip(names, self.session.run(names, self._feeds()), strict=True):
-            ctypes.memmove(
-                self.addresses[name], np.ascontiguousarray(array).ctypes.data, array.nbytes
-            )
+        shapes, addresses = dict(self.shapes), dict(self.addresses)  # as a graph would keep them
+        assert self.scratch in self.cuda.memory
+
+        def act() -> None:
+            for name, array in zip(names, self._run(names, shapes, addresses), strict=True):
+                ctypes.memmove(
+                    addresses[name], np.ascontiguousarray(array).ctypes.data, array.nbytes
+                )
+
+        self.cuda.queue("run", stream, act, shapes, addresses)
         return True
 
 
-class FakeEngine:
-    def __init__(self, content: bytes) -> None:
-        self.session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+class FakeSettings:
+    """IRuntimeConfig."""
 
-    def create_execution_context(self) -> FakeContext:
-        return FakeContext(self.session)
+    dynamic_shapes_kernel_specialization_strategy = "lazy"
+
+    def set_execution_context_allocation_strategy(self, strategy: str) -> None:
+        self.allocation = strategy
+
+    def create_runtime_cache(self) -> str:
+        return "cache"
+
+    def set_runtime_cache(self, held: str) -> None:
+        self.held = held
+
+
+class FakeEngine:
+    device_memory_size_v2 = 64
+
+    def __init__(self, content: bytes, cuda: FakeCuda) -> None:
+        self.session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+        self.cuda = cuda
+
+    def create_runtime_config(self) -> FakeSettings:
+        return FakeSettings()
+
+    def create_execution_context(self, settings: FakeSettings) -> FakeContext:
+        assert settings.allocation == "managed" and settings.held == "cache"
+        assert settings.dynamic_shapes_kernel_specialization_strategy == "eager"
+        return FakeContext(self.session, self.cuda)
 
 
 class FakeRuntime:
     made = 0
 
-    def __init__(self, logger: object) -> None:
+    def __init__(self, cuda: FakeCuda) -> None:
         FakeRuntime.made += 1
+        self.cuda = cuda
 
     def deserialize_cuda_engine(self, content: bytes) -> FakeEngine:
-        return FakeEngine(content)
+        return FakeEngine(content, self.cuda)
 
 
 class FakeTrt(ModuleType):
@@ -154,7 +291,12 @@ class FakeTrt(ModuleType):
 
     __version__ = "1.0"
     ILogger = type("ILogger", (), {})
-    Runtime = FakeRuntime
+    ExecutionContextAllocationStrategy = SimpleNamespace(USER_MANAGED="managed")
+    DynamicShapesKernelSpecializationStrategy = SimpleNamespace(EAGER="eager")
+
+    def __init__(self, name: str, cuda: FakeCuda | None = None) -> None:
+        super().__init__(name)
+        self.Runtime = lambda logger: FakeRuntime(cast(FakeCuda, cuda))
 
 
 @pytest.fixture
@@ -163,7 +305,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., FakeCuda]:
 
     def install(**settings: Any) -> FakeCuda:
         runtime = FakeCuda(**settings)
-        monkeypatch.setitem(sys.modules, "tensorrt_rtx", FakeTrt("tensorrt_rtx"))
+        monkeypatch.setitem(sys.modules, "tensorrt_rtx", FakeTrt("tensorrt_rtx", runtime))
         monkeypatch.setattr("asd_rt.backends.tensorrt.import_cuda", lambda: runtime)
         monkeypatch.setattr(cuda, "import_cuda", lambda: runtime)
         FakeRuntime.made = 0
@@ -187,7 +329,7 @@ def refused(error: type[AsdError], told: str, path: Path, manifest: Manifest) ->
 def test_a_batch_is_refused(toy: Any, machine: Callable[..., FakeCuda]) -> None:
     machine()
     engine = open_engine(toy.path, as_plan(toy.manifest))
-    with pytest.raises(BackendError, match="one video at a time, found a batch of 2"):
+    with pytest.raises(BackendError, match="one video at a time on a card, found a batch of 2"):
         engine.denoiser.prepare(2, (4, 2), 6)
 
 
@@ -214,8 +356,187 @@ def test_same_loop_as_onnx_runtime(toy: Any, machine: Callable[..., FakeCuda]) -
     assert len(runtime.memory) == held, "a run leaves device memory behind"
     engine.close()
     engine.close()
-    assert runtime.memory == {}
-    assert runtime.streams == 0
+    assert runtime.nothing_is_left()
+
+
+def passes_of(runtime: FakeCuda, output: str = "new_k.0") -> list[tuple[Any, ...]]:
+    """The direct and captured runs of contexts that make `output`: (stream, shapes, addresses)."""
+    runs = [call[1:] for call in runtime.calls if call[0] == "run"]
+    return [run for run in runs if output in run[2]]
+
+
+def test_a_pass_writes_behind_the_prefix_that_it_reads(
+    toy: Any, machine: Callable[..., FakeCuda]
+) -> None:
+    runtime = machine()
+    engine = open_engine(toy.path, as_plan(toy.manifest))
+    noise = np.random.default_rng(0).standard_normal((1, 10, 2, 4, 2)).astype(np.float32)
+    context = np.zeros((1, 3, 3), np.float32)
+    Session(engine).replay(noise, context, plan=ListedPlan((2, 1, 3)), dump_cache=True)
+    runs = passes_of(runtime)
+    lengths = {shapes["past_k.0"][1] for _, shapes, _ in runs}
+    assert len(lengths) > 2
+    width = 4 * toy.manifest.model.dim
+    for stream, shapes, addresses in runs:
+        assert stream == PASSES
+        for name in ("k.0", "v.0"):
+            past = shapes[f"past_{name}"][1]
+            assert addresses[f"new_{name}"] == addresses[f"past_{name}"] + past * width
+    for name in ("past_k.0", "past_v.0", "prompt_k.0", "modulation"):  # the same for all lengths
+        assert len({addresses[name] for _, _, addresses in runs}) == 1
+    engine.close()
+
+
+def test_each_length_is_run_captured_and_then_replayed(
+    toy: Any, machine: Callable[..., FakeCuda]
+) -> None:
+    runtime = machine()
+    engine = open_engine(toy.path, as_plan(toy.manifest))
+    denoiser = engine.denoiser
+    denoiser.prepare(1, (4, 2), 6)
+    denoiser.set_prompt(np.zeros((1, toy.manifest.model.text_len, 3), np.float32))
+    draw = np.random.default_rng(0)
+    told = []
+    for past in (0, 2, 0, 2, 0, 2):
+        runtime.calls.clear()
+        x = draw.standard_normal((1, 2, 2, 4, 2)).astype(np.float32)
+        denoiser.denoise(x, 500.0, range(past, past + 2), past)
+        made = [call for call in runtime.calls if call[0] in ("begin", "run", "end", "launch")]
+        told.append([call[0] for call in made if call[0] != "run" or "flow" in call[3]])
+        assert {call[1] for call in made} == {PASSES}
+        assert [call for call in runtime.calls if call[0] == "synchronize"] == [
+            ("synchronize", PASSES)  # for the result, and for nothing else
+        ]
+        assert runtime.calls[-1] == ("synchronize", PASSES)
+    captured = ["begin", "run", "end", "launch"]
+    assert told == [["run"], ["run"], captured, captured, ["launch"], ["launch"]]
+    assert len(runtime.executables) == 2 and not runtime.graphs
+    denoiser.prepare(1, (4, 2), 6)  # a new video of the same size keeps them
+    assert len(runtime.executables) == 2
+    denoiser.prepare(1, (4, 2), 8)
+    assert not runtime.executables, "graphs over a cache that is gone"
+    engine.close()
+    assert runtime.nothing_is_left()
+
+
+def test_decoding_has_a_stream_of_its_own(
+    stream_toy: Any, machine: Callable[..., FakeCuda]
+) -> None:
+    runtime = machine()
+    engine = open_engine(stream_toy.path, as_plan(stream_toy.manifest))
+    decoder = Decoder(engine, (4, 2))
+    for _ in range(2):  # allocates for a first frame, and for others
+        decoder.decode(np.zeros((1, 1, 2, 4, 2), np.float32))
+    runtime.calls.clear()
+    decoder.decode(np.ones((1, 1, 2, 4, 2), np.float32))
+    queued = [call for call in runtime.calls if call[0] != "wait"]
+    assert {call[1] for call in queued} == {CODEC}, "decoding waits for passes, or they for it"
+    kinds = [call[0] for call in queued]
+    assert kinds == ["HostToDevice", "record", "run", "DeviceToHost", "synchronize"]
+    engine.close()
+
+
+def test_sessions_share_a_plan(toy: Any, machine: Callable[..., FakeCuda]) -> None:
+    """Two denoisers in turns give what each gives alone, and one of them can go."""
+    runtime = machine()
+    engine = open_engine(toy.path, as_plan(toy.manifest))
+    context = np.ones((1, toy.manifest.model.text_len, 3), np.float32)
+    x = np.random.default_rng(0).standard_normal((1, 2, 2, 4, 2)).astype(np.float32)
+    both = [engine.denoiser, engine.new_denoiser()]
+    for denoiser, scale in zip(both, (1, 2), strict=True):
+        denoiser.prepare(1, (4, 2), 6)
+        denoiser.set_prompt(scale * context)
+    flows: list[list[np.ndarray]] = [[], []]
+    for _ in range(3):
+        for denoiser, found in zip(both, flows, strict=True):
+            found.append(denoiser.denoise(x, 500.0, range(2), 0))
+    for found in flows:
+        np.testing.assert_array_equal(found[0], found[2])
+    assert not np.array_equal(flows[0][0], flows[1][0])
+    held = len(runtime.memory)
+    both[1].release()
+    assert len(runtime.memory) < held and len(runtime.executables) == 1
+    np.testing.assert_array_equal(both[0].denoise(x, 500.0, range(2), 0), flows[0][0])
+    engine.close()
+    both[1].release()
+    assert runtime.nothing_is_left()
+
+
+def test_a_failed_pass_leaves_nothing_behind(
+    toy: Any, machine: Callable[..., FakeCuda], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime = machine()
+    engine = open_engine(toy.path, as_plan(toy.manifest))
+    denoiser = engine.denoiser
+    denoiser.prepare(1, (4, 2), 6)
+    denoiser.set_prompt(np.zeros((1, toy.manifest.model.text_len, 3), np.float32))
+    x = np.zeros((1, 2, 2, 4, 2), np.float32)
+    denoiser.denoise(x, 500.0, range(2), 0)
+    monkeypatch.setattr(FakeContext, "execute_async_v3", lambda self, stream: False)
+    with pytest.raises(BackendError, match="could not run"):
+        denoiser.denoise(x, 500.0, range(2), 0)  # while it is captured
+    assert runtime.captured is None, "the stream is left capturing"
+    assert not runtime.graphs and not runtime.executables
+    monkeypatch.undo()
+    engine.close()
+    assert runtime.nothing_is_left()
+
+
+def test_a_pass_that_cannot_be_captured_is_one_line(
+    toy: Any, machine: Callable[..., FakeCuda], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime = machine()
+    engine = open_engine(toy.path, as_plan(toy.manifest))
+    engine.denoiser.prepare(1, (4, 2), 6)
+    engine.denoiser.set_prompt(np.zeros((1, toy.manifest.model.text_len, 3), np.float32))
+    x = np.zeros((1, 2, 2, 4, 2), np.float32)
+    engine.denoiser.denoise(x, 500.0, range(2), 0)
+
+    def end(stream: int) -> tuple[Error, None]:
+        runtime.captured = None
+        return Error.cudaErrorStreamCaptureUnsupported, None
+
+    monkeypatch.setattr(runtime, "cudaStreamEndCapture", end)
+    with pytest.raises(BackendError, match="cudaErrorStreamCaptureUnsupported"):
+        engine.denoiser.denoise(x, 500.0, range(2), 0)
+    engine.close()
+    assert runtime.nothing_is_left()
+
+
+def test_close_releases_all_that_it_can(toy: Any, machine: Callable[..., FakeCuda]) -> None:
+    """One handle that cannot be released does not keep the others."""
+    runtime = machine()
+    engine = open_engine(toy.path, as_plan(toy.manifest))
+    engine.denoiser.prepare(1, (4, 2), 6)
+    stuck = min(runtime.memory)
+
+    def free(address: int) -> tuple[Error]:
+        if address == stuck:
+            return (Error.cudaErrorMemoryAllocation,)
+        return runtime._free(address)
+
+    runtime.cudaFree = free  # type: ignore[method-assign]
+    with pytest.raises(BackendError, match="CUDA failed"):
+        engine.close()
+    assert list(runtime.memory) == [stuck] and not runtime.streams
+    engine.close()
+
+
+def test_a_cache_of_bfloat16_is_read_as_float32(toy: Any, machine: Callable[..., FakeCuda]) -> None:
+    machine()
+    denoiser = toy.manifest.parts["denoiser"]
+    spec = replace(denoiser.outputs["new_k.0"], dtype="bfloat16")
+    changed = replace(denoiser, outputs={**denoiser.outputs, "new_k.0": spec})
+    manifest = as_plan(toy.manifest, parts={**toy.manifest.parts, "denoiser": changed})
+    engine = open_engine(toy.path, manifest)
+    engine.denoiser.prepare(1, (4, 2), 6)
+    tokens, dim = 2, toy.manifest.model.dim
+    values = np.linspace(-3, 3, tokens * dim, dtype=np.float32).view(np.uint32) >> 16
+    bits = values.astype(np.uint16)
+    ctypes.memmove(engine.denoiser._cache["k.0"], bits.ctypes.data, bits.nbytes)
+    keys, _ = engine.denoiser.read_cache(0, [0])
+    np.testing.assert_array_equal(keys.ravel(), (values << 16).astype(np.uint32).view(np.float32))
+    engine.close()
 
 
 def test_text_and_decoder(toy: Any, machine: Callable[..., FakeCuda]) -> None:
@@ -254,7 +575,31 @@ def test_a_codec_with_caches(stream_toy: Any, machine: Callable[..., FakeCuda]) 
         assert held in (0, len(runtime.memory)), "a video leaves device memory behind"
         held = len(runtime.memory)
     engine.close()
-    assert runtime.memory == {}
+    assert runtime.nothing_is_left()
+
+
+def test_codecs_of_videos_in_turns(stream_toy: Any, machine: Callable[..., FakeCuda]) -> None:
+    """Videos that share an engine have feature caches of their own."""
+    runtime = machine()
+    engine = open_engine(stream_toy.path, as_plan(stream_toy.manifest))
+    draw = np.random.default_rng(0)
+    videos = draw.standard_normal((2, 1, 6, 2, 4, 2)).astype(np.float32)
+    blocks = [slice(i, i + 2) for i in range(0, 6, 2)]
+    alone = []
+    for video in videos:
+        decoder = Decoder(engine, (4, 2))
+        alone.append([decoder.decode(video[:, block]).copy() for block in blocks])
+    held = len(runtime.memory)
+    shared = [SharedEngine(engine) for _ in videos]
+    decoders = [Decoder(one, (4, 2)) for one in shared]
+    for turn, block in enumerate(blocks):
+        for video, decoder, expected in zip(videos, decoders, alone, strict=True):
+            np.testing.assert_array_equal(decoder.decode(video[:, block]), expected[turn])
+    for one in shared:
+        one.close()
+    assert len(runtime.memory) == held
+    engine.close()
+    assert runtime.nothing_is_left()
 
 
 def test_other_version(toy: Any, machine: Callable[..., FakeCuda]) -> None:

@@ -31,7 +31,7 @@ class HostEngine(OrtCudaEngine):
     provider, memory = "CPUExecutionProvider", "cpu"
     config: Mapping[str, str] = {}
 
-    def _provider_options(self) -> dict[str, str]:
+    def _provider_options(self, stream: Any) -> dict[str, str]:
         return {}
 
 
@@ -63,7 +63,7 @@ def test_same_loop_as_on_the_cpu(toy: Any, runtime: FakeCuda) -> None:
     engine.close()
     engine.close()
     assert runtime.memory == {}
-    assert runtime.streams == 0
+    assert not runtime.streams
 
 
 def test_text_and_decoder(toy: Any, runtime: FakeCuda) -> None:
@@ -79,9 +79,17 @@ def test_text_and_decoder(toy: Any, runtime: FakeCuda) -> None:
 
 
 def test_the_stream_is_the_copies_own(toy: Any, runtime: FakeCuda) -> None:
-    engine = OrtCudaEngine.__new__(OrtCudaEngine)
-    engine.cuda = Cuda(runtime)
-    assert engine._provider_options()["user_compute_stream"] == str(engine.cuda.stream)
+    asked = []
+
+    class Watched(HostEngine):
+        def _provider_options(self, stream: Any) -> dict[str, str]:
+            asked.append(OrtCudaEngine._provider_options(self, stream)["user_compute_stream"])
+            return {}
+
+    engine = Watched(toy.path, toy.manifest, onnxruntime, Cuda(runtime), "sm89")
+    assert asked == [str(engine.cuda.stream)]
+    engine.part("decoder")
+    assert asked[1:] == [str(engine.cuda.codec_stream)]
 
 
 def test_asked_for_without_cuda_is_an_error(toy: Any) -> None:
@@ -101,7 +109,7 @@ def test_asked_for_without_a_card_is_an_error(
     monkeypatch.setattr("asd_rt.backends.cuda.import_cuda", lambda: runtime)
     with pytest.raises(BackendError, match="no usable NVIDIA card"):
         open_engine(toy.path, toy.manifest)
-    assert runtime.streams == 0
+    assert not runtime.streams
 
 
 def test_a_graph_that_the_provider_does_not_take_whole(toy: Any, runtime: FakeCuda) -> None:

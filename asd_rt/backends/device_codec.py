@@ -1,4 +1,4 @@
-"""A codec part as TensorRT plans: two sets of feature caches on the device that swap roles after each step.
+"""A codec part on a card: two sets of feature caches on the device that swap roles after each step.
 
 TensorRT promises nothing where an input and an output share memory, so new caches go into the other set.
 """
@@ -15,13 +15,13 @@ from asd_rt.backends.cuda import Binding, DeviceArray
 from asd_rt.decoding import NEW, SIDES, STATE, frame_size, resolve_shape
 
 if TYPE_CHECKING:
-    from asd_rt.backends.tensorrt import TrtEngine
+    from asd_rt.backends.device import DeviceEngine
 
 
-class TrtCodecStream:
+class DeviceCodecStream:
     """See `asd_rt.backends.base.CodecStream`."""
 
-    def __init__(self, engine: TrtEngine, part: str, latent_hw: tuple[int, int]) -> None:
+    def __init__(self, engine: DeviceEngine, part: str, latent_hw: tuple[int, int]) -> None:
         """The stream of `part` ("decoder" or "encoder")."""
         self._engine, self._part = engine, part
         self._input, self._output = SIDES[part]
@@ -32,12 +32,17 @@ class TrtCodecStream:
             for name, spec in engine.manifest.parts[part].inputs.items()
             if name.startswith(STATE)
         }
-        self._given, self._made = DeviceArray(engine.cuda), DeviceArray(engine.cuda)
-        self._old = {name: DeviceArray(engine.cuda) for name in self._specs}
-        self._new = {name: DeviceArray(engine.cuda) for name in self._specs}
+        cuda = engine.cuda
+
+        def buffer() -> DeviceArray:
+            return DeviceArray(cuda, cuda.codec_stream)
+
+        self._given, self._made = buffer(), buffer()
+        self._old = {name: buffer() for name in self._specs}
+        self._new = {name: buffer() for name in self._specs}
 
     def step(self, given: FloatArray, made: FloatArray, first: bool) -> None:
-        part = self._engine.part(f"{self._part}_first" if first else self._part)
+        part = self._engine.part(f"{self._part}_first" if first else self._part).usual
         inputs: dict[str, Binding] = {self._input: self._given.put(given)}
         outputs = {self._output: self._made.room(made.nbytes)}
         for name, (shape, width) in self._specs.items():
@@ -45,6 +50,15 @@ class TrtCodecStream:
                 inputs[name] = (self._old[name].room(prod(shape) * width), shape)
             outputs[NEW + name] = self._new[name].room(prod(shape) * width)
         part.set_inputs(inputs)
-        part.run(outputs)
-        self._engine.cuda.download(made, outputs[self._output])
+        part.set_outputs(outputs)
+        part.run()
+        cuda = self._engine.cuda
+        cuda.download(made, outputs[self._output], cuda.codec_stream)
         self._old, self._new = self._new, self._old
+
+    def release(self) -> None:
+        """Free all memory; the stream is of no use afterwards."""
+        if self._engine.cuda.closed:  # which freed it
+            return
+        for buffer in (self._given, self._made, *self._old.values(), *self._new.values()):
+            buffer.release()

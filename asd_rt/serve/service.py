@@ -1,0 +1,95 @@
+"""What all requests share: the engine's worker, the pool, clips, uploads, counters."""
+
+from __future__ import annotations
+
+import logging
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from threading import Lock
+
+from asd_rt.decoding import frame_size
+from asd_rt.errors import PromptError
+from asd_rt.serve.clips import ClipStore
+from asd_rt.serve.limits import Limits, PerClient
+from asd_rt.serve.metrics import Metrics
+from asd_rt.serve.pool import Pool, PoolPlan
+from asd_rt.serve.protocol import Reader
+from asd_rt.serve.uploads import Uploads
+from asd_rt.serve.worker import Worker
+from asd_rt.session import FloatArray, Session
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class Readiness:
+    """Whether videos can be made."""
+
+    warm: bool = False
+    error: str = ""
+
+
+class Service:
+    """One engine being served."""
+
+    def __init__(self, session: Session, plan: PoolPlan, limits: Limits) -> None:
+        """Allocates the pool; `start` runs the engine."""
+        manifest = session.manifest
+        self.session, self.limits = session, limits
+        self.frame_hw = frame_size(manifest, "decoder", plan.latent_hw)
+        self.metrics = Metrics(plan.sessions, plan.place_bytes)
+        self.pool = Pool(session, plan)
+        self.pool_lock = Lock()
+        self.worker = Worker()
+        self.clips = ClipStore(self.pool.clips, plan, limits, self.metrics)
+        self.uploads = Uploads(manifest, self.frame_hw, limits)
+        self.reader = Reader(limits.prompt_chars, limits.clip_frames)
+        self.sockets = PerClient(limits.client_sockets)
+        self.all_sockets = PerClient(limits.connections)  # uvicorn counts no WebSockets
+        self.watchers = PerClient(limits.client_sessions)
+        self.readiness = Readiness()
+        # One thread: a text encoder is opened and released by it alone.
+        self.prompts = ThreadPoolExecutor(1, "prompts")
+        self.jpegs = ThreadPoolExecutor(1, "frames")
+
+    def start(self) -> None:
+        """Warm up, then let the worker run."""
+        model = self.session.manifest.model
+        import numpy as np
+
+        self.pool.warm_up(np.zeros((1, 1, model.text_dim), np.float32))
+        self.worker.add(self.clips)
+        self.worker.start()
+        self.readiness.warm = True
+
+    def context(self, prompt: str) -> FloatArray:
+        """Embedding of a prompt; for the prompts' thread.
+
+        Raises:
+            AsdError: the engine cannot read it.
+        """
+        try:
+            return self.session.context(prompt)
+        except PromptError as error:
+            _log.info("refused: %s", error)
+            raise
+
+    def take(self) -> Session | None:
+        """A place of the pool; None where all are taken."""
+        with self.pool_lock:
+            return self.pool.take()
+
+    def give(self, session: Session) -> None:
+        """Give a place back; by the worker's thread when its video has ended."""
+        with self.pool_lock:
+            self.pool.give(session)
+        self.metrics.sessions.dec()
+
+    def close(self) -> None:
+        """End all videos and release the pool."""
+        self.readiness.warm = False
+        self.worker.stop()
+        self.clips.close()
+        self.prompts.shutdown(cancel_futures=True)
+        self.jpegs.shutdown(cancel_futures=True)
+        self.pool.close()

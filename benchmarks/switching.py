@@ -1,0 +1,231 @@
+"""How many blocks until a new prompt shows: switching.json, .md and .png.
+
+python -m benchmarks.switching --out out           # 64 switches, with the cache kept and computed anew
+
+On the tiny world, whose judge says what three frames show. It is trained when it is not in OUT/judge
+yet, which takes a minute or so. Accuracy only: what else runs on the machine does not matter.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+import asd_rt
+from asd_rt import timing
+from asd_rt.errors import AsdError
+from asd_rt.files import replacing
+from asd_rt.session import Session
+from benchmarks.contact_sheet import Row, draw_sheet
+from benchmarks.judge import NAMES, Judge, load_judge
+from benchmarks.latency import make_folder
+from train.evaluate import bootstrap, same_axes
+from train.tiny_world import COLOURS, DIGITS, DIRECTIONS, prompt_text, random_labels
+
+WAYS = {"kept": False, "recached": True}
+NEW_VIDEO = "a new video"
+SHARES_AFTER = (1, 2, 3, 4, 8, 12)  # blocks
+SHEET_SWITCHES, SHEET_COLUMNS = 4, 12
+RESAMPLED = 1000
+
+Latents = NDArray[np.float32]
+Hits = NDArray[np.bool_]
+
+
+def draw_switches(count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Labels before and behind `count` switches, int64 [count, 3]: digit, colour and axes all change."""
+    generator = torch.Generator().manual_seed(seed)
+    old, new = [], []
+    while len(old) < count:
+        one, other = random_labels(2, generator)
+        turned = not same_axes(one[2:3], other[2:3]).item()
+        if one[0] != other[0] and one[1] != other[1] and turned:
+            old.append(one)
+            new.append(other)
+    return torch.stack(old), torch.stack(new)
+
+
+def contexts(session: Session, labels: Tensor) -> Latents:
+    """Embeddings of the prompts of `labels`, one after the other."""
+    return np.concatenate([session.context(prompt_text(*row)) for row in labels.tolist()])
+
+
+def play(
+    session: Session, old: Tensor, new: Tensor, at: int, after: int, recache: bool, seed: int
+) -> Latents:
+    """Latents [N, F, C, h, w] of all videos at once; their prompts change before block `at`."""
+    frames = (at + after) * session.manifest.cache.block_frames
+    stream = session.generate_from(contexts(session, old), seed, frames)
+    blocks = []
+    for block in stream:
+        blocks.append(block.latents)
+        if len(blocks) == at:
+            stream.switch_prompt(contexts(session, new), recache)
+    return np.concatenate(blocks, axis=1)
+
+
+def hits_by_block(judge: Judge, latents: Latents, labels: Tensor, size: int) -> Hits:
+    """What each block shows of `labels`: bool [N, blocks, 3]."""
+    parts = np.split(latents, latents.shape[1] // size, axis=1)
+    return np.stack([judge.hits(judge.frames(part), labels) for part in parts], axis=1)
+
+
+def blocks_until(hits: Hits) -> NDArray[np.float64]:
+    """Blocks until something shows, and does so in the next one as well: [N], from bool [N, blocks].
+
+    1 = in the first block; infinite where it never does.
+    """
+    both = hits[:, :-1] & hits[:, 1:]
+    return np.where(both.any(axis=1), both.argmax(axis=1) + 1.0, np.inf)
+
+
+def figures(hits: Hits) -> dict[str, Any]:
+    """Of bool [N, blocks]: how soon, and how surely; intervals are 95 % bootstrap ones."""
+    until = blocks_until(hits)
+    draws = np.random.default_rng(0).integers(0, len(until), (RESAMPLED, len(until)))
+    low, high = np.percentile(np.median(until[draws], axis=1), [2.5, 97.5], method="nearest")
+    shares = {n: bootstrap(until <= n) for n in SHARES_AFTER if n < hits.shape[1]}
+    return {
+        "median_blocks": _finite(np.median(until)),
+        "median_low": _finite(low),
+        "median_high": _finite(high),
+        "never": int(np.isinf(until).sum()),
+        "shown_within": {n: [s.value, s.low, s.high] for n, s in shares.items()},
+        "right_by_block": hits.mean(axis=0).round(4).tolist(),
+    }
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None
+
+
+def measure(session: Session, judge: Judge, args: argparse.Namespace) -> dict[str, Any]:
+    """All ways on the same switches and noise; the latents are under "latents"."""
+    old, new = draw_switches(args.switches, args.seed)
+    size = session.manifest.cache.block_frames
+    latents = {
+        way: play(session, old, new, args.at, args.after, recache, args.seed)
+        for way, recache in WAYS.items()
+    }
+    latents[NEW_VIDEO] = play(session, new, new, args.at, args.after, False, args.seed)
+    rows = {}
+    for way, found in latents.items():
+        seen = found if way == NEW_VIDEO else found[:, args.at * size :]
+        hits = hits_by_block(judge, seen, new, size)[:, : args.after]
+        kinds = {name: hits[:, :, i] for i, name in enumerate(NAMES)} | {"all": hits.all(axis=2)}
+        rows[way] = {name: figures(kind) for name, kind in kinds.items()}
+    return {"rows": rows, "latents": latents, "labels": (old, new)}
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The report for a reader."""
+    within = list(next(iter(report["rows"].values()))["all"]["shown_within"])
+    lines = [
+        "# Prompt switches",
+        "",
+        f"{report['switches']} switches before block {report['at']}, {report['after']} blocks watched; "
+        "digit, colour and axes of motion all change. A prompt shows where the judge finds it in a block "
+        "and in the next. Medians and shares with 95 % bootstrap intervals.",
+        "",
+        "| cache | shows | blocks, median | "
+        + " | ".join(f"within {n}" for n in within)
+        + " | never |",
+        "|---|---|---|" + "---|" * (len(within) + 1),
+    ]
+    for way, kinds in report["rows"].items():
+        for name, row in kinds.items():
+            cells = ["{:.2f} [{:.2f}, {:.2f}]".format(*row["shown_within"][n]) for n in within]
+            low, high = (_blocks(row[key]) for key in ("median_low", "median_high"))
+            median = f"{_blocks(row['median_blocks'])} [{low}, {high}]"
+            lines.append(
+                f"| {way} | {name} | {median} | " + " | ".join(cells) + f" | {row['never']} |"
+            )
+    lines += ["", f"- engine: {report['engine']}", f"- command: `{report['command']}`", ""]
+    return "\n".join(lines)
+
+
+def _blocks(count: float | None) -> str:
+    return "never" if count is None else f"{count:g}"
+
+
+def sheet(judge: Judge, found: dict[str, Any], args: argparse.Namespace, session: Session) -> Any:
+    """The first switches, a row for each way, from the last block before the switch on."""
+    size = session.manifest.cache.block_frames
+    begin = (args.at - 1) * size
+    rows = []
+    for i in range(min(SHEET_SWITCHES, args.switches)):
+        names = [
+            f"{list(COLOURS)[c]} {DIGITS[d]} {list(DIRECTIONS)[m]}"
+            for d, c, m in (labels[i].tolist() for labels in found["labels"])
+        ]
+        for way in WAYS:
+            latents = found["latents"][way][i : i + 1, begin : begin + SHEET_COLUMNS * size]
+            pixels = (
+                (judge.frames(latents)[0].movedim(1, -1).numpy() * 255).round().astype(np.uint8)
+            )
+            rows.append(Row(f"{' to '.join(names)}, {way}", pixels))
+    note = f"the prompt changes behind the first {size} frames"
+    return draw_sheet(rows, SHEET_COLUMNS, session.manifest.fps, note)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.switching",
+        description="Blocks until a new prompt shows, with the cache kept and computed anew.",
+        epilog="example: python -m benchmarks.switching --switches 64 --out out",
+    )
+    parser.add_argument("--engine", type=Path, help="of the tiny student (default: the best here)")
+    parser.add_argument("--out", type=Path, default=Path("out"), help="folder, made if absent")
+    parser.add_argument("--judge", type=Path, help="folder of the judge (default: OUT/judge)")
+    parser.add_argument("--switches", type=int, default=64)
+    parser.add_argument("--at", type=int, default=4, help="block before which prompts change")
+    parser.add_argument("--after", type=int, default=13, help="blocks watched")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    try:
+        make_folder(args.out)
+        judge = load_judge(args.judge or args.out / "judge")
+        with asd_rt.open(args.engine) as session:
+            found = measure(session, judge, args)
+            report = {
+                "format_version": 1,
+                "engine": session.manifest.name,
+                "sha256": session.manifest.parts["denoiser"].sha256,
+                "switches": args.switches,
+                "at": args.at,
+                "after": args.after,
+                "seed": args.seed,
+                "rows": found["rows"],
+                "versions": timing.versions(),
+                "command": "python -m benchmarks.switching "
+                + " ".join(sys.argv[1:] if argv is None else argv),
+            }
+            picture = sheet(judge, found, args, session)
+        for suffix, write in (
+            ("json", lambda p: p.write_text(json.dumps(report, indent=1) + "\n")),
+            ("md", lambda p: p.write_text(markdown(report))),
+            ("png", lambda p: picture.save(p, format="png")),
+        ):
+            with replacing(args.out / f"switching.{suffix}") as temporary:
+                write(temporary)
+        print(markdown(report))
+    except AsdError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,99 @@
+"""The plan half of a build: graphs that passed their gate become plans, with a log of what was built."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from asd_rt.config import ModelConfig
+from asd_rt.errors import EngineError
+from asd_rt.manifest import Part, sha256_file
+from export.settings import Settings
+from export.tensorrt import Plan, Range, build_plan, import_tensorrt, profile_ranges
+
+log = logging.getLogger(__name__)
+
+BUILD_LOG = "build_log"  # part of the manifest
+HEAD_CHANNELS = 256  # that a fused attention takes
+
+
+def plan_obstacle(settings: Settings, precision: str, model: ModelConfig) -> str | None:
+    """Why these settings cannot become a TensorRT plan; None = they can."""
+    if precision == "fp32":
+        return "TensorRT takes no fp32 attention; use --precision fp16"
+    if settings.latent_hw is None:
+        return "a plan needs a fixed latent size, which this checkpoint does not say; use --latent-size HxW"
+    if not settings.capacity_frames:
+        return "a plan needs to know how long the cache gets; use --window-frames or --max-frames"
+    if model.head_dim > HEAD_CHANNELS:
+        return (
+            f"TensorRT fuses attention of heads of at most {HEAD_CHANNELS} channels, this network has "
+            f"{model.head_dim}; use --target onnx"
+        )
+    return None
+
+
+def compile_plans(
+    scratch: Path, engine: str, settings: Settings, graphs: Mapping[str, Part], gpus: Sequence[str]
+) -> dict[str, Part]:
+    """Replace the graphs in `scratch` by plans, and write the log of their builder beside them.
+
+    Args:
+        scratch: folder with the graphs and their weights.
+        engine: name of the engine file, "asd_int8.plan".
+        settings: with a latent size and a capacity; see `plan_obstacle`.
+        graphs: parts as ONNX, by name.
+        gpus: targets such as "sm89"; empty = the present card.
+
+    Returns:
+        the plans by the same names, and the log as `BUILD_LOG`.
+
+    Raises:
+        EngineError: see `export.tensorrt.build_plan`.
+    """
+    trt, hw = import_tensorrt(), settings.latent_hw
+    if hw is None:
+        raise EngineError(f"{engine}: a plan needs a fixed latent size; use --latent-size HxW")
+    ranges = profile_ranges(settings.cache.block_frames, settings.capacity_frames, hw)
+    parts, told = {}, {}
+    for name, part in graphs.items():
+        graph = scratch / part.file
+        plan = build_plan(trt, name, graph, part.inputs, ranges, gpus)
+        graph.unlink()
+        file = graph.with_suffix(".plan")
+        file.write_bytes(plan.content)
+        parts[name] = Part(
+            file.name, sha256_file(file), file.stat().st_size, part.inputs, part.outputs
+        )
+        told[name] = _told(plan, parts[name], ranges)
+        proved = ", ".join(f"{n} {k.replace('_', ' ')}" for k, n in plan.proved.items() if n)
+        log.info("  %-9s compiled  %8.3f MB %6.1f s  %s%s", name, parts[name].bytes / 1e6, plan.seconds,
+                 ", ".join(gpus) or "this card", f"; {proved}" if proved else "")  # fmt: skip
+    document = {
+        "format_version": 1,
+        "engine": engine,
+        "builder": trt.__name__,
+        "version": str(trt.__version__),
+        "gpus": list(gpus),
+        "settings": {"strongly_typed": True, "profiling_verbosity": "detailed"},
+        "parts": told,
+    }
+    file = scratch / f"{engine}.log.json"
+    file.write_text(json.dumps(document, indent=1) + "\n")
+    parts[BUILD_LOG] = Part(file.name, sha256_file(file), file.stat().st_size)
+    return parts
+
+
+def _told(plan: Plan, part: Part, ranges: Mapping[str, Range]) -> dict[str, Any]:
+    """What the log says of one part."""
+    symbols = {n for spec in part.inputs.values() for n in spec.shape if isinstance(n, str)}
+    return {
+        "seconds": round(plan.seconds, 3),
+        "bytes": part.bytes,
+        "ranges": {n: list(sizes) for n, sizes in ranges.items() if n in symbols},
+        **plan.proved,
+        "layers": [layer.to_json() for layer in plan.layers],
+    }

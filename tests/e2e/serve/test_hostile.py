@@ -1,0 +1,71 @@
+"""Broken and hostile clients of every quick kind at once, while a good one watches."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+
+import pytest
+
+from benchmarks.hostile_clients import KINDS, SLOW, attack
+from benchmarks.serving_client import WatcherProcess, running
+
+EXPECTED = {
+    "garbage_frames": "closed 1002",
+    "huge_prompt": "closed 1009",
+    "nan_deadline": "error: a message must be a JSON object",
+    "nonsense": "message, closed 1008",
+    "reconnect_storm": "closed 1000: ",
+    "vanishing": "gone",
+    "greedy": "of 10 refused: closed 1013",
+    "foreign_page": "403",
+    "foreign_name": "421",
+    "path_walker": "404",
+}
+# Which answer comes first depends on what the others hold, and on how far a body of 50 MB came.
+EITHER = {
+    "flood": ("closed 1008 too many messages", "closed 1013"),
+    "slow_reader": ("2 blocks", "closed 1013"),
+    "deep_picture": ("201", "503"),
+    "zip_bomb": ("422 upload: holds no picture", "503"),
+    "no_pixels": ("422 upload: holds no picture", "503"),
+    "torn_picture": ("422 upload: holds no picture", "503"),
+    "large_upload": ("413", "ConnectionResetError", "BrokenPipeError"),
+}
+
+
+@pytest.fixture(scope="module")
+def got() -> dict[str, str]:
+    """What each kind got, and what the good watcher and the server were like afterwards."""
+    kinds = [kind for kind in KINDS if kind not in SLOW]
+    with running("--sessions", "5") as server:
+        good = WatcherProcess(server, fps=8)
+        while not server.metric("asd_rt_sessions"):
+            time.sleep(0.05)
+
+        async def all_at_once() -> list[str]:
+            return await asyncio.gather(*(attack(server, kind) for kind in kinds))
+
+        found = dict(zip((k.__name__ for k in kinds), asyncio.run(all_at_once()), strict=True))
+        seen = good.stop()
+        numbers = [header["block"] for header in seen.headers]
+        end = time.monotonic() + 10
+        while (ready := json.loads(server.get("/readyz")))["free"] < 5 and time.monotonic() < end:
+            time.sleep(0.05)
+        found["lost"] = str(seen.dropped + 3 * (numbers[-1] + 1 - len(numbers)))
+        found["free"], found["ready"] = str(ready["free"]), str(ready["ready"])
+        return found
+
+
+def test_each_gets_its_answer(got: dict[str, str]) -> None:
+    for kind, expected in EXPECTED.items():
+        assert expected in got[kind], kind
+    for kind, several in EITHER.items():
+        assert any(text in got[kind] for text in several), (kind, got[kind])
+    assert set(got) == {*EXPECTED, *EITHER, "lost", "free", "ready"}
+
+
+def test_the_good_watcher_loses_nothing_and_all_places_come_back(got: dict[str, str]) -> None:
+    assert got["lost"] == "0"
+    assert (got["free"], got["ready"]) == ("5", "True")
