@@ -123,6 +123,11 @@ def make_parser() -> argparse.ArgumentParser:
         help="of the codec's weights and caches; fp16 is computed with in float32 (default fp32)",
     )
     add("--force", action="store_true", help="replace engines that differ")
+    add(
+        "--allow-inaccurate",
+        action="store_true",
+        help="take engines that miss their parity budget; they are marked, and say so when they run",
+    )
     add("--block-frames", type=int, metavar="N", help="latent frames denoised together (default 3)")
     add(
         "--window-frames",
@@ -278,7 +283,10 @@ def build(args: argparse.Namespace) -> list[Path]:
     if text is not None:
         check_text(text, checkpoint.config)
     out = _output_folder(args.out)
-    engines = [build_engine(checkpoint, settings, target, out, args.force) for target in targets]
+    engines = [
+        build_engine(checkpoint, settings, target, out, args.force, args.allow_inaccurate)
+        for target in targets
+    ]
     if text is not None:
         add_text_encoder(text, args.text_precision, engines, args.force)
     if codec is not None:

@@ -31,10 +31,12 @@ from export.calibrate import choose_scheme
 from export.emulate import emulated_engine
 from export.lowering import LOWERINGS, Lowering
 from export.onnx import export_part, serialize, tensor_specs
-from export.parity import BUDGETS, measure
+from export.parity import BUDGETS, accept, measure
+from export.parity_report import make_entry, report_files, write_report
 from export.parts import PartModule, engine_parts
 from export.plans import compile_plans
 from export.settings import Settings, make_manifest
+from export.speed import measure_speed
 from export.weights import WeightsFile
 from train.checkpoint import Checkpoint
 
@@ -60,7 +62,12 @@ class Target:
 
 
 def build_engine(
-    checkpoint: Checkpoint, settings: Settings, target: Target, out: Path, force: bool
+    checkpoint: Checkpoint,
+    settings: Settings,
+    target: Target,
+    out: Path,
+    force: bool,
+    allow_inaccurate: bool = False,
 ) -> Path:
     """Build one engine in a temporary folder, gate it, and move it into `out`; returns its path.
 
@@ -72,6 +79,7 @@ def build_engine(
         target: backend, precision and cards.
         out: an existing folder.
         force: replace an engine that differs.
+        allow_inaccurate: take an engine that misses its budget; its manifest says so.
 
     Raises:
         EngineError: `out` cannot be written, a differing engine is there, or the result fails its gate.
@@ -80,13 +88,15 @@ def build_engine(
     wanted = make_manifest(
         checkpoint, settings, target.precision, target.backend, NO_PARTS, target.gpus
     )
-    if not force and _is_current(engine, wanted):
+    if not force and _is_current(engine, wanted, allow_inaccurate):
         log.info("%s is up to date", engine)
         return engine
     log.info("building %s from checkpoint %s", engine, checkpoint.name)
     with scratch_folder(out) as scratch:
         began = perf_counter()
-        manifest = carry_over(engine, _fill(scratch, checkpoint, settings, target))
+        manifest = carry_over(
+            engine, _fill(scratch, checkpoint, settings, target, allow_inaccurate)
+        )
         write_manifest(scratch / target.file, manifest)
         verify(scratch / target.file, manifest, skip=added_parts(manifest))
         _move_in(scratch, engine, manifest)
@@ -99,8 +109,18 @@ def build_engine(
 NO_PARTS = {name: Part(name, "0" * 64, 0) for name in ("denoiser", "time", "prompt")}
 
 
-def _fill(scratch: Path, checkpoint: Checkpoint, settings: Settings, target: Target) -> Manifest:
-    """Export, gate and, for a plan, compile every part into `scratch`; returns the manifest."""
+def _fill(
+    scratch: Path,
+    checkpoint: Checkpoint,
+    settings: Settings,
+    target: Target,
+    allow_inaccurate: bool,
+) -> Manifest:
+    """Export, gate and, for a plan, compile every part into `scratch`, with a report.
+
+    Returns:
+        the manifest.
+    """
     model, is_plan = checkpoint.build_model(), target.backend != "onnx"
     lowering = LOWERINGS[runtime_of(target.backend, target.precision, checkpoint.config)]
     large = is_large(checkpoint.config)
@@ -128,12 +148,21 @@ def _fill(scratch: Path, checkpoint: Checkpoint, settings: Settings, target: Tar
     began, measured = perf_counter(), manifest
     if is_plan and target.precision == "bf16":
         measured = emulated_engine(scratch, manifest)
-    parity = measure(scratch / measured.parts["denoiser"].file, measured, checkpoint, model)
+    denoiser = scratch / measured.parts["denoiser"].file
+    gate = measure(denoiser, measured, checkpoint, model)
+    parity = gate.figures
     log.info("  parity    pass %.1e, rollout %.1e (budgets %.0e, %.0e) %.1f s",
-             max(parity["pass"].values()), max(parity["rollout"].values()), parity["budget"]["pass"],
+             gate.worst_pass, gate.worst_rollout, parity["budget"]["pass"],
              parity["budget"]["rollout"], perf_counter() - began)  # fmt: skip
+    accept(manifest.name, gate, allow_inaccurate)
     if scheme is not None:
         parity["int8"] = scheme.to_json()
+    if not is_plan:
+        speed = measure_speed(denoiser, manifest, scratch.parent)
+        parity |= {} if speed is None else {"speed": speed}
+    name = f"{target.file}, its graphs" if is_plan else target.file
+    entry = make_entry(name, manifest, parity, gate.drift, gate.layers)
+    write_report(*report_files(scratch / target.file), [entry])
     if not is_plan:
         return replace(manifest, parity=parity)
 
@@ -177,7 +206,7 @@ def _export(
     return Part(file.name, sha256_file(file), file.stat().st_size, inputs, outputs)
 
 
-def _is_current(engine: Path, wanted: Manifest) -> bool:
+def _is_current(engine: Path, wanted: Manifest, allow_inaccurate: bool) -> bool:
     """Whether the engine that is there is what would be built.
 
     Raises:
@@ -202,6 +231,8 @@ def _is_current(engine: Path, wanted: Manifest) -> bool:
         raise EngineError(
             f"{engine}: exists and was built with another {', '.join(differing)}; {mend}"
         )
+    if "inaccurate" in found.parity and not allow_inaccurate:
+        raise EngineError(f"{engine}: exists and was built with --allow-inaccurate; {mend}")
     return True
 
 
@@ -215,6 +246,8 @@ def _move_in(scratch: Path, engine: Path, manifest: Manifest) -> None:
     for file in files:
         (scratch / file).chmod(0o644)
         (scratch / file).replace(engine.parent / file)
+    for report in report_files(engine):
+        (scratch / report.name).replace(report)
     for leftover in old - {engine.parent / file for file in files}:
         leftover.unlink()
     (scratch / manifest_path(engine).name).replace(manifest_path(engine))
