@@ -19,7 +19,7 @@ from asd_rt.planner import USUAL_LATENT_HW, Video
 from export.codec import PRECISIONS as VAE_PRECISIONS
 from export.codec import CodecChoice, add_codec, check_codec
 from export.engine import Target, build_engine
-from export.plans import plan_obstacle
+from export.plans import check_fp8, plan_obstacle
 from export.settings import Overrides, Settings, resolve
 from export.tensorrt import NO_CARD_TARGETS, check_gpus, import_tensorrt
 from export.text import add_text_encoder, check_text
@@ -29,7 +29,7 @@ from train.checkpoint import Checkpoint, describe_checkpoint, load_checkpoint
 from train.vae_weights import load_codec
 
 DEFAULT_OUT = Path("engines")
-PRECISIONS = ("fp32", "fp16", "bf16", "int8")
+PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
 EXAMPLES = """examples:
   python -m export.build --steps 1
       the shipped tiny student, for every backend that is installed
@@ -180,6 +180,8 @@ def choose_targets(
     """
     if args.gpu and args.target == "onnx":
         raise ConfigError("--gpu is for TensorRT; leave it out, or use --target tensorrt")
+    if args.precision == "fp8" and args.target != "tensorrt":
+        raise ConfigError("an fp8 engine is for cards; use --target tensorrt --gpu sm89,sm120")
     targets = []
     if args.target != "tensorrt":
         targets.append(Target("onnx", args.precision or "fp32"))
@@ -192,6 +194,8 @@ def choose_targets(
             raise ConfigError(obstacle)
         trt = import_tensorrt()
         gpus = check_gpus(trt, args.gpu) or _present_targets()
+        if precision == "fp8":
+            check_fp8(gpus)
     except AsdError as error:
         # In `auto` a plan is a bonus; a wish for one (--target, --gpu) is not.
         if args.target == "tensorrt" or args.gpu:

@@ -22,7 +22,7 @@ from asd_rt.plan import ListedPlan
 from asd_rt.progress import Progress
 from asd_rt.session import Session
 from export.metrics import relative_l2
-from export.quantize import LAYERS, LEVELS, Scheme, fake_quantize, quantize_weight
+from export.quantize import INT8, LAYERS, Kind, Scheme, fake_quantize, quantize_weight
 from export.reference import TorchDenoiser, TorchEngine
 from export.samples import latent_sizes, sample_context, sample_noise
 from train.checkpoint import Checkpoint
@@ -44,6 +44,7 @@ class _Layer:
 
     name: str
     linears: list[nn.Linear]
+    kind: Kind = INT8
     largest: float = 0.0
     clip_errors: Tensor = field(default_factory=lambda: torch.zeros(len(CLIPS)))
     scale: float = 0.0
@@ -54,7 +55,12 @@ class _Layer:
 
 
 def choose_scheme(
-    checkpoint: Checkpoint, model: WanModel, manifest: Manifest, budget: float, seed: int = 0
+    checkpoint: Checkpoint,
+    model: WanModel,
+    manifest: Manifest,
+    budget: float,
+    seed: int = 0,
+    kind: Kind = INT8,
 ) -> Scheme:
     """Ranges of all products in blocks, and those to leave alone so that a pass stays within `budget`.
 
@@ -64,8 +70,9 @@ def choose_scheme(
         manifest: geometry and schedule of the engine to be.
         budget: largest relative L2 error of a pass, against float32, over the rollouts.
         seed: of noise and prompts.
+        kind: of 8 bits; "int8" stands for it.
     """
-    layers = _layers(model)
+    layers = _layers(model, kind)
 
     def play(denoiser: TorchDenoiser, what: str) -> None:
         with Progress(what, len(PLANS)) as progress:
@@ -74,12 +81,12 @@ def choose_scheme(
                 progress.advance()
 
     with _watched(layers, _note_largest):
-        play(TorchDenoiser(model), "int8: ranges")
+        play(TorchDenoiser(model), f"{kind.name}: ranges")
     with _watched(layers, _note_clips):
-        play(TorchDenoiser(model), "int8: clipping")
+        play(TorchDenoiser(model), f"{kind.name}: clipping")
     for layer in layers:
         best = int(layer.clip_errors.argmin())
-        layer.scale = max(layer.largest * CLIPS[best], 1e-12) / LEVELS
+        layer.scale = max(layer.largest * CLIPS[best], 1e-12) / kind.largest
 
     def error_without(kept: Sequence[_Layer], what: str) -> float:
         chosen = [layer for layer in layers if layer not in kept]
@@ -88,35 +95,37 @@ def choose_scheme(
             play(compared, what)
         return compared.worst
 
-    error, kept = error_without((), "int8: all layers"), []
+    error, kept = error_without((), f"{kind.name}: all layers"), []
     if error > budget:
         with _Simulated(layers) as simulated:
-            play(_Ranked(model, simulated), "int8: layer by layer")
+            play(_Ranked(model, simulated), f"{kind.name}: layer by layer")
         ranked = sorted(layers, key=lambda layer: layer.error, reverse=True)
         too_few, enough = 0, len(layers)
         # Errors of layers add up, roughly, so that a search by halves finds about the fewest.
         while enough - too_few > 1:
             count = min(max(1, 2 * too_few), (too_few + enough) // 2)
-            found = error_without(ranked[:count], f"int8: {count} kept")
+            found = error_without(ranked[:count], f"{kind.name}: {count} kept")
             if found > budget:
                 too_few = count
             else:
                 enough, error = count, found
         kept = ranked[:enough]
-    log.info("  int8      pass %.1e in simulation (budget %.0e), %d of %d layers kept", error, budget,
+    log.info("  %-9s pass %.1e in simulation (budget %.0e), %d of %d layers kept", kind.name, error, budget,
              len(kept), len(layers))  # fmt: skip
     return Scheme(
         {layer.name: layer.scale for layer in layers if layer not in kept},
         tuple(layer.name for layer in kept),
         {"simulated_pass": float(f"{error:.3g}")},
+        kind,
     )
 
 
-def _layers(model: WanModel) -> list[_Layer]:
+def _layers(model: WanModel, kind: Kind) -> list[_Layer]:
     return [
         _Layer(
             f"blocks.{i}.{name}",
             [cast(nn.Linear, block.get_submodule(source)) for source in sources],
+            kind,
         )
         for i, block in enumerate(model.blocks)
         for name, sources in LAYERS.items()
@@ -165,8 +174,8 @@ def _note_largest(layer: _Layer, x: Tensor) -> None:
 
 def _note_clips(layer: _Layer, x: Tensor) -> None:
     for i, clip in enumerate(CLIPS):
-        scale = max(layer.largest * clip, 1e-12) / LEVELS
-        layer.clip_errors[i] += (fake_quantize(x, scale) - x).square().sum()
+        scale = max(layer.largest * clip, 1e-12) / layer.kind.largest
+        layer.clip_errors[i] += (fake_quantize(x, scale, layer.kind) - x).square().sum()
 
 
 class _Simulated:
@@ -191,13 +200,13 @@ class _Simulated:
     def _hook(
         self, layer: _Layer, linear: nn.Linear
     ) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor | None]:
-        values, scale = quantize_weight(linear.weight.t())
+        values, scale = quantize_weight(linear.weight.t(), layer.kind)
 
         def compute(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
             if layer not in self.chosen:
                 return None
             weight = (values.float() * scale).t()
-            return F.linear(fake_quantize(inputs[0], layer.scale), weight, linear.bias)
+            return F.linear(fake_quantize(inputs[0], layer.scale, layer.kind), weight, linear.bias)
 
         return compute
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.onnx import ops
 
 from export.lowering import Lowering
-from export.quantize import Quantized, QuantizedInput, Scales, Scheme
+from export.quantize import InputScale, Quantized, QuantizedInput, Scales, Scheme
 from train.model import Attention, Block, WanModel
 
 MASKED = -1e4  # weighs nothing after softmax, and is a number in float16
@@ -32,9 +32,9 @@ class Linear(nn.Module):
     """x @ W + b in `dtype`, for all `sources` side by side; W is [in, out]: the graph transposes nothing."""
 
     def __init__(
-        self, *sources: nn.Module, dtype: torch.dtype, input_scale: float | None = None
+        self, *sources: nn.Module, dtype: torch.dtype, input_scale: InputScale | None = None
     ) -> None:
-        """`input_scale`: of int8 inputs, where the product is one of int8; None = in `dtype`."""
+        """`input_scale`: of inputs of 8 bits, where the product is one of such; None = in `dtype`."""
         super().__init__()
         layers = [cast(nn.Linear, source) for source in sources]
         self.dtype = dtype
@@ -46,7 +46,8 @@ class Linear(nn.Module):
         if input_scale is None:
             self.weight = nn.Parameter(weight.to(dtype))
         else:
-            self.weight, self.input = Quantized(weight, dtype), QuantizedInput(input_scale, dtype)
+            self.weight = Quantized(weight, dtype, input_scale.kind)
+            self.input = QuantizedInput(input_scale.scale, dtype, input_scale.kind)
         self.bias = nn.Parameter(torch.cat([layer.bias.detach() for layer in layers]).to(dtype))
 
     def forward(self, x: Tensor) -> Tensor:

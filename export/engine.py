@@ -34,6 +34,7 @@ from export.onnx import export_part, serialize, tensor_specs
 from export.parity import BUDGETS, measure
 from export.parts import PartModule, engine_parts
 from export.plans import compile_plans
+from export.quantize import KINDS
 from export.settings import Settings, make_manifest
 from export.weights import WeightsFile
 from train.checkpoint import Checkpoint
@@ -105,9 +106,10 @@ def _fill(scratch: Path, checkpoint: Checkpoint, settings: Settings, target: Tar
     lowering = LOWERINGS[runtime_of(target.backend, target.precision, checkpoint.config)]
     large = is_large(checkpoint.config)
     scheme = None
-    if target.precision == "int8":
+    if target.precision in KINDS:
         draft = make_manifest(checkpoint, settings, target.precision, target.backend, NO_PARTS)
-        scheme = choose_scheme(checkpoint, model, draft, BUDGETS["int8"].simulated)
+        budget, kind = BUDGETS[target.precision].simulated, KINDS[target.precision]
+        scheme = choose_scheme(checkpoint, model, draft, budget, kind=kind)
     # A large network is measured at small latents, so its graphs leave the size open.
     latent_hw = None if large else settings.latent_hw
     modules = engine_parts(checkpoint, model, target.precision, latent_hw, lowering, scheme)
@@ -133,7 +135,7 @@ def _fill(scratch: Path, checkpoint: Checkpoint, settings: Settings, target: Tar
              max(parity["pass"].values()), max(parity["rollout"].values()), parity["budget"]["pass"],
              parity["budget"]["rollout"], perf_counter() - began)  # fmt: skip
     if scheme is not None:
-        parity["int8"] = scheme.to_json()
+        parity[target.precision] = scheme.to_json()
     if not is_plan:
         return replace(manifest, parity=parity)
 

@@ -58,6 +58,7 @@ BUDGETS = {
     "fp16": Budget(5e-3, 5e-2),
     "bf16": Budget(3e-2, 1e-1),
     "int8": Budget(1e-1, 2e-1, simulated=6e-2),
+    "fp8": Budget(1e-1, 2e-1, simulated=6e-2),
 }
 
 

@@ -26,7 +26,12 @@ KV_TYPES = {
     "int8": torch.float32,
 }
 # TensorRT computes in what the graph says.
-PLAN_TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.float16}
+PLAN_TYPES = {
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+    "int8": torch.float16,
+    "fp8": torch.float16,
+}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -88,7 +93,7 @@ def engine_parts(
         precision: one of KV_TYPES, or of PLAN_TYPES for a plan.
         latent_hw: the one latent size of the engine, None = any.
         lowering: one of LOWERINGS.
-        scheme: of an int8 engine.
+        scheme: of an int8 or fp8 engine.
 
     Raises:
         ConfigError: another precision.

@@ -17,7 +17,7 @@ from export.build import main
 from export.calibrate import choose_scheme
 from export.engine import NO_PARTS
 from export.metrics import relative_l2
-from export.quantize import LAYERS, LEVELS, fake_quantize, quantize_weight
+from export.quantize import FP8, LAYERS, LEVELS, fake_quantize, quantize_weight
 from export.settings import FixedPlan, Overrides, make_manifest, resolve
 from train.checkpoint import load_checkpoint
 
@@ -33,6 +33,13 @@ def test_a_weight_is_within_half_a_level_of_itself(seed, rows, columns, size) ->
 def test_a_channel_of_zeros_stays_zero() -> None:
     values, scale = quantize_weight(torch.tensor([[0.0, 2.0], [0.0, -1.0]]))
     assert values.tolist() == [[0, 127], [0, -64]] and scale[0] == 1
+
+
+@given(st.floats(-1000, 1000), st.floats(0.5, 10))
+def test_fp8_has_four_bits_and_clips(x, scale) -> None:
+    found = float(fake_quantize(torch.tensor(x), scale, FP8))
+    expected = max(-448 * scale, min(448 * scale, x))
+    assert abs(found - expected) <= max(abs(expected) / 16, scale * 2**-10) * 1.001
 
 
 @given(st.floats(-1000, 1000), st.floats(0.01, 10))
