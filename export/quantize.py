@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from difflib import get_close_matches
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.onnx import ops
+
+from asd_rt.errors import ConfigError
 
 LEVELS = 127
 # What a block multiplies by weights: name in an engine -> linear layers of `train.model.Block`, side by side.
@@ -24,34 +27,112 @@ LAYERS = {
     "ffn.up": ("ffn.0",),
     "ffn.down": ("ffn.2",),
 }
-Scales = Mapping[str, float]  # input scale of each int8 layer of a block
+# Layers whose input comes straight from a norm with scale and shift: both can be divided, channel by channel,
+# for nothing, and the weights multiplied, so that no channel drowns the others (SmoothQuant).
+SMOOTHED = ("self_attn.qkv", "cross_attn.q", "ffn.up")
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What is asked of an int8 engine by hand.
+
+    Attributes:
+        keep: layers that stay in floating point, "blocks.3.ffn.up".
+        activations: "float" for int8 weights alone.
+    """
+
+    keep: tuple[str, ...] = ()
+    activations: Literal["int8", "float"] = "int8"
+
+    def to_json(self) -> dict[str, Any]:
+        """What a manifest says of it."""
+        return {"keep": list(self.keep), "activations": self.activations}
+
+
+NO_WISH = Wish()
+
+
+def layer_names(num_layers: int) -> list[str]:
+    """Names of all layers that can be int8, in the order in which they run."""
+    return [f"blocks.{i}.{name}" for i in range(num_layers) for name in LAYERS]
+
+
+def check_wish(wish: Wish, num_layers: int) -> None:
+    """Refuse layers that the network does not have.
+
+    Raises:
+        ConfigError: with the names nearest to the first unknown one.
+    """
+    known = layer_names(num_layers)
+    for name in wish.keep:
+        if name not in known:
+            near = get_close_matches(name, known, n=3, cutoff=0.0)
+            raise ConfigError(
+                f"--int8-keep {name}: no such layer among {len(known)}; nearest: {', '.join(near)}"
+            )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Choice:
+    """How one product is computed.
+
+    Attributes:
+        int8: its weights are stored as int8.
+        input_scale: of its input as int8; None = the input stays as it is.
+        divisor: float32 [in], what its input comes divided by; the weights are multiplied by it.
+        wide: in float32, whatever the engine's type is.
+    """
+
+    int8: bool = False
+    input_scale: float | None = None
+    divisor: Tensor | None = None
+    wide: bool = False
+
+
+PLAIN = Choice()
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """Which products of a network are int8.
+    """How the products in the blocks of a network are computed; in the engine's type where it says nothing.
 
     Attributes:
-        input_scales: scale of the input of each int8 layer, "blocks.3.ffn.up".
+        input_scales: scale of the input of each layer whose product is one of int8, "blocks.3.ffn.up".
         kept: layers that stay in the engine's floating-point type, worst first.
+        figures: more for the manifest.
+        weight_only: layers with int8 weights and inputs in floating point, worst first.
+        divisors: float32 [in] of smoothed layers, see `Choice`.
+        wide: layers in float32, worst first.
     """
 
-    input_scales: Mapping[str, float]
+    input_scales: Mapping[str, float] = field(default_factory=dict)
     kept: tuple[str, ...] = ()
     figures: Mapping[str, Any] = field(default_factory=dict)
+    weight_only: tuple[str, ...] = ()
+    divisors: Mapping[str, Tensor] = field(default_factory=dict)
+    wide: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """What a manifest says of it."""
-        return {"int8_layers": len(self.input_scales), "kept": list(self.kept), **self.figures}
-
-    def of_block(self, index: int) -> dict[str, float]:
-        """Scales of block `index`, by the names in LAYERS."""
-        prefix = f"blocks.{index}."
+        if not (self.input_scales or self.weight_only or self.kept):
+            return dict(self.figures)
         return {
-            name.removeprefix(prefix): scale
-            for name, scale in self.input_scales.items()
-            if name.startswith(prefix)
+            "int8_layers": len(self.input_scales),
+            "weight_only": list(self.weight_only),
+            "kept": list(self.kept),
+            "smoothed": list(self.divisors),
+            **self.figures,
         }
+
+    def of_block(self, index: int) -> dict[str, Choice]:
+        """Choices for block `index`, by the names in LAYERS."""
+        return {name: self.of(f"blocks.{index}.{name}") for name in LAYERS}
+
+    def of(self, name: str) -> Choice:
+        """Choice for layer `name`."""
+        scale = self.input_scales.get(name)
+        int8 = scale is not None or name in self.weight_only
+        return Choice(int8, scale, self.divisors.get(name), name in self.wide)
 
 
 def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -61,7 +142,7 @@ def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     return torch.round(weight.detach().float() / scale).to(torch.int8), scale
 
 
-def fake_quantize(x: Tensor, scale: float) -> Tensor:
+def fake_quantize(x: Tensor, scale: float | Tensor) -> Tensor:
     """x as it is after int8: rounded to multiples of `scale`, clipped to 127 of them."""
     return torch.clamp(torch.round(x / scale), -LEVELS, LEVELS) * scale
 
