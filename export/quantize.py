@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from difflib import get_close_matches
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.onnx import ops
+
+from asd_rt.errors import ConfigError
 
 LEVELS = 127
 # What a block multiplies by weights: name in an engine -> linear layers of `train.model.Block`, side by side.
@@ -24,10 +27,13 @@ LAYERS = {
     "ffn.up": ("ffn.0",),
     "ffn.down": ("ffn.2",),
 }
+# Layers whose input comes straight from a norm with scale and shift: both can be divided, channel by channel,
+# for nothing, and the weights multiplied, so that no channel drowns the others (SmoothQuant).
+SMOOTHED = ("self_attn.qkv", "cross_attn.q", "ffn.up")
 
 
 @dataclass(frozen=True, slots=True)
-class Kind:
+class Format:
     """A type of 8 bits, and the largest number that it is used for."""
 
     name: str
@@ -40,61 +46,128 @@ class Kind:
         return torch.clamp(y, -self.largest, self.largest).to(self.dtype)
 
 
-INT8 = Kind("int8", LEVELS, torch.int8)
-FP8 = Kind("fp8", 448, torch.float8_e4m3fn)  # E4M3, on cards from sm89 on
-KINDS = {kind.name: kind for kind in (INT8, FP8)}
+INT8 = Format("int8", LEVELS, torch.int8)
+FP8 = Format("fp8", 448, torch.float8_e4m3fn)  # E4M3, on cards from sm89 on
+FORMATS = {form.name: form for form in (INT8, FP8)}
 
 
-class InputScale(NamedTuple):
-    """How the input of a product of 8 bits is rounded."""
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What is asked of an int8 engine by hand.
 
-    scale: float
-    kind: Kind = INT8
+    Attributes:
+        keep: layers that stay in floating point, "blocks.3.ffn.up".
+        activations: "float" for int8 weights alone.
+    """
+
+    keep: tuple[str, ...] = ()
+    activations: Literal["int8", "float"] = "int8"
+
+    def to_json(self) -> dict[str, Any]:
+        """What a manifest says of it."""
+        return {"keep": list(self.keep), "activations": self.activations}
 
 
-Scales = Mapping[str, InputScale]  # of each such layer of a block
+NO_WISH = Wish()
+
+
+def layer_names(num_layers: int) -> list[str]:
+    """Names of all layers that can be int8, in the order in which they run."""
+    return [f"blocks.{i}.{name}" for i in range(num_layers) for name in LAYERS]
+
+
+def check_wish(wish: Wish, num_layers: int) -> None:
+    """Refuse layers that the network does not have.
+
+    Raises:
+        ConfigError: with the names nearest to the first unknown one.
+    """
+    known = layer_names(num_layers)
+    for name in wish.keep:
+        if name not in known:
+            near = get_close_matches(name, known, n=3, cutoff=0.0)
+            raise ConfigError(
+                f"--int8-keep {name}: no such layer among {len(known)}; nearest: {', '.join(near)}"
+            )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Choice:
+    """How one product is computed.
+
+    Attributes:
+        int8: its weights are stored as int8.
+        input_scale: of its input as int8; None = the input stays as it is.
+        divisor: float32 [in], what its input comes divided by; the weights are multiplied by it.
+        wide: in float32, whatever the engine's type is.
+        form: of its 8 bits; "int8" stands for it.
+    """
+
+    int8: bool = False
+    input_scale: float | None = None
+    divisor: Tensor | None = None
+    wide: bool = False
+    form: Format = INT8
+
+
+PLAIN = Choice()
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """Which products of a network are int8.
+    """How the products in the blocks of a network are computed; in the engine's type where it says nothing.
 
     Attributes:
-        input_scales: scale of the input of each int8 layer, "blocks.3.ffn.up".
+        input_scales: scale of the input of each layer whose product is one of int8, "blocks.3.ffn.up".
         kept: layers that stay in the engine's floating-point type, worst first.
-        kind: of 8 bits; "int8" above may be another.
+        figures: more for the manifest.
+        weight_only: layers with int8 weights and inputs in floating point, worst first.
+        divisors: float32 [in] of smoothed layers, see `Choice`.
+        wide: layers in float32, worst first.
+        form: of 8 bits; "int8" stands for it.
     """
 
-    input_scales: Mapping[str, float]
+    input_scales: Mapping[str, float] = field(default_factory=dict)
     kept: tuple[str, ...] = ()
     figures: Mapping[str, Any] = field(default_factory=dict)
-    kind: Kind = INT8
+    weight_only: tuple[str, ...] = ()
+    divisors: Mapping[str, Tensor] = field(default_factory=dict)
+    wide: tuple[str, ...] = ()
+    form: Format = INT8
 
     def to_json(self) -> dict[str, Any]:
         """What a manifest says of it."""
-        layers = f"{self.kind.name}_layers"
-        return {layers: len(self.input_scales), "kept": list(self.kept), **self.figures}
-
-    def of_block(self, index: int) -> dict[str, InputScale]:
-        """Scales of block `index`, by the names in LAYERS."""
-        prefix = f"blocks.{index}."
+        if not (self.input_scales or self.weight_only or self.kept):
+            return dict(self.figures)
         return {
-            name.removeprefix(prefix): InputScale(scale, self.kind)
-            for name, scale in self.input_scales.items()
-            if name.startswith(prefix)
+            f"{self.form.name}_layers": len(self.input_scales),
+            "weight_only": list(self.weight_only),
+            "kept": list(self.kept),
+            "smoothed": list(self.divisors),
+            **self.figures,
         }
 
+    def of_block(self, index: int) -> dict[str, Choice]:
+        """Choices for block `index`, by the names in LAYERS."""
+        return {name: self.of(f"blocks.{index}.{name}") for name in LAYERS}
 
-def quantize_weight(weight: Tensor, kind: Kind = INT8) -> tuple[Tensor, Tensor]:
-    """[in, out] -> (`kind` [in, out], scales float32 [out]); a channel of zeros has scale 1."""
-    scale = weight.detach().float().abs().amax(dim=0) / kind.largest
+    def of(self, name: str) -> Choice:
+        """Choice for layer `name`."""
+        scale = self.input_scales.get(name)
+        int8 = scale is not None or name in self.weight_only
+        return Choice(int8, scale, self.divisors.get(name), name in self.wide, self.form)
+
+
+def quantize_weight(weight: Tensor, form: Format = INT8) -> tuple[Tensor, Tensor]:
+    """[in, out] -> (`form` [in, out], scales float32 [out]); a channel of zeros has scale 1."""
+    scale = weight.detach().float().abs().amax(dim=0) / form.largest
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-    return kind.round(weight.detach().float() / scale), scale
+    return form.round(weight.detach().float() / scale), scale
 
 
-def fake_quantize(x: Tensor, scale: float, kind: Kind = INT8) -> Tensor:
-    """x as it is after `kind`: multiples of `scale` that it holds, clipped to its largest."""
-    return kind.round(x / scale).to(x.dtype) * scale
+def fake_quantize(x: Tensor, scale: float | Tensor, form: Format = INT8) -> Tensor:
+    """x as it is after `form`: multiples of `scale` that it holds, clipped to its largest."""
+    return form.round(x / scale).to(x.dtype) * scale
 
 
 class Quantized(nn.Module):
@@ -104,12 +177,12 @@ class Quantized(nn.Module):
     scale: Tensor
     zero: Tensor
 
-    def __init__(self, weight: Tensor, dtype: torch.dtype, kind: Kind = INT8) -> None:
+    def __init__(self, weight: Tensor, dtype: torch.dtype, form: Format = INT8) -> None:
         super().__init__()
-        values, scale = quantize_weight(weight, kind)
+        values, scale = quantize_weight(weight, form)
         self.register_buffer("values", values)
         self.register_buffer("scale", scale.to(dtype))
-        self.register_buffer("zero", torch.zeros(len(scale)).to(kind.dtype))
+        self.register_buffer("zero", torch.zeros(len(scale)).to(form.dtype))
 
     def forward(self) -> Tensor:
         """The weight, in floating point."""
@@ -125,10 +198,10 @@ class QuantizedInput(nn.Module):
     scale: Tensor
     zero: Tensor
 
-    def __init__(self, scale: float, dtype: torch.dtype, kind: Kind = INT8) -> None:
+    def __init__(self, scale: float, dtype: torch.dtype, form: Format = INT8) -> None:
         super().__init__()
         self.register_buffer("scale", torch.tensor(scale, dtype=dtype))
-        self.register_buffer("zero", torch.zeros(()).to(kind.dtype))
+        self.register_buffer("zero", torch.zeros(()).to(form.dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         """x through 8 bits and back."""
