@@ -6,6 +6,7 @@ import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import onnx
 
@@ -35,21 +36,27 @@ from export.parity import BUDGETS, accept, measure
 from export.parity_report import make_entry, report_files, write_report
 from export.parts import PartModule, engine_parts
 from export.plans import compile_plans
+from export.quantize import FORMATS, NO_WISH, Scheme, Wish
+from export.ranges import choose_float32
 from export.settings import Settings, make_manifest
 from export.speed import measure_speed
 from export.weights import WeightsFile
 from train.checkpoint import Checkpoint
+from train.model import WanModel
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Target:
-    """What to build: backend (onnx, tensorrt, tensorrt_rtx), precision, and the cards of a plan."""
+    """What to build: backend (onnx, tensorrt, tensorrt_rtx), precision, the cards of a plan, and what is
+    asked of int8.
+    """
 
     backend: str
     precision: str
     gpus: tuple[str, ...] = ()
+    wish: Wish = NO_WISH
 
     @property
     def file(self) -> str:
@@ -86,7 +93,13 @@ def build_engine(
     """
     engine = out / target.file
     wanted = make_manifest(
-        checkpoint, settings, target.precision, target.backend, NO_PARTS, target.gpus
+        checkpoint,
+        settings,
+        target.precision,
+        target.backend,
+        NO_PARTS,
+        target.gpus,
+        _asked(target),
     )
     if not force and _is_current(engine, wanted, allow_inaccurate):
         log.info("%s is up to date", engine)
@@ -124,10 +137,7 @@ def _fill(
     model, is_plan = checkpoint.build_model(), target.backend != "onnx"
     lowering = LOWERINGS[runtime_of(target.backend, target.precision, checkpoint.config)]
     large = is_large(checkpoint.config)
-    scheme = None
-    if target.precision == "int8":
-        draft = make_manifest(checkpoint, settings, target.precision, target.backend, NO_PARTS)
-        scheme = choose_scheme(checkpoint, model, draft, BUDGETS["int8"].simulated)
+    scheme = _scheme(checkpoint, model, settings, target)
     # A large network is measured at small latents, so its graphs leave the size open.
     latent_hw = None if large else settings.latent_hw
     modules = engine_parts(checkpoint, model, target.precision, latent_hw, lowering, scheme)
@@ -156,7 +166,7 @@ def _fill(
              parity["budget"]["rollout"], perf_counter() - began)  # fmt: skip
     accept(manifest.name, gate, allow_inaccurate)
     if scheme is not None:
-        parity["int8"] = scheme.to_json()
+        parity[target.precision] = scheme.to_json()
     if not is_plan:
         speed = measure_speed(denoiser, manifest, scratch.parent)
         parity |= {} if speed is None else {"speed": speed}
@@ -175,6 +185,19 @@ def _fill(
     return make_manifest(
         checkpoint, settings, target.precision, target.backend, parts, target.gpus, parity
     )
+
+
+def _scheme(
+    checkpoint: Checkpoint, model: WanModel, settings: Settings, target: Target
+) -> Scheme | None:
+    """Which products are not simply in the engine's type, by rollouts; None = none."""
+    if target.precision not in ("fp16", *FORMATS):
+        return None
+    draft = make_manifest(checkpoint, settings, target.precision, target.backend, NO_PARTS)
+    if target.precision == "fp16":
+        return choose_float32(checkpoint, model, draft)
+    budget, form = BUDGETS[target.precision].simulated, FORMATS[target.precision]
+    return choose_scheme(checkpoint, model, draft, budget, wish=target.wish, form=form)
 
 
 def _export(
@@ -227,6 +250,8 @@ def _is_current(engine: Path, wanted: Manifest, allow_inaccurate: bool) -> bool:
         for manifest in (found, wanted)
     )
     differing = [key for key in new if old[key] != new[key]]
+    if _int8_wish(found) != _int8_wish(wanted):
+        differing.append("choice of int8 layers")
     if differing:
         raise EngineError(
             f"{engine}: exists and was built with another {', '.join(differing)}; {mend}"
@@ -234,6 +259,15 @@ def _is_current(engine: Path, wanted: Manifest, allow_inaccurate: bool) -> bool:
     if "inaccurate" in found.parity and not allow_inaccurate:
         raise EngineError(f"{engine}: exists and was built with --allow-inaccurate; {mend}")
     return True
+
+
+def _asked(target: Target) -> dict[str, Any]:
+    """What a manifest's figures say of the wish behind an int8 engine."""
+    return {"int8": {"asked": target.wish.to_json()}} if target.precision == "int8" else {}
+
+
+def _int8_wish(manifest: Manifest) -> Any:
+    return manifest.parity.get("int8", {}).get("asked")
 
 
 def _move_in(scratch: Path, engine: Path, manifest: Manifest) -> None:

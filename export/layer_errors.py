@@ -31,7 +31,7 @@ from train.model import WanModel
 
 TRANSPARENT = ("Cast", "QuantizeLinear", "DequantizeLinear")  # between an input and its product
 OUTPUT = "output"  # of a block: the residual stream behind it
-_DTYPES = {TensorProto.FLOAT: "float32", TensorProto.FLOAT16: "float16"}
+_DTYPES: dict[int, str] = {TensorProto.FLOAT: "float32", TensorProto.FLOAT16: "float16"}
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from asd_rt.manifest import Manifest
 from asd_rt.plan import ListedPlan
 from asd_rt.schedule import TRAIN_TIMESTEPS
 from export.metrics import Array, relative_l2
+from export.nonfinite import check_finite
 from export.samples import latent_sizes, rollout_frames, sample_context, sample_latents
 from train.checkpoint import Checkpoint
 from train.model import Block, KeyValue, WanModel, make_rope
@@ -24,11 +25,17 @@ SAMPLES_SEED = 100  # not one of calibration
 
 
 def run_part(engine: OrtEngine, part: str, inputs: Mapping[str, Tensor]) -> dict[str, Array]:
-    """All outputs of a part; float inputs are rounded to the dtype that the manifest names."""
+    """All outputs of a part; float inputs are rounded to the dtype that the manifest names.
+
+    Raises:
+        EngineError: infinities or NaNs, and the first layer that gave some.
+    """
     spec = engine.manifest.parts[part]
     feeds = {key: tensor.numpy().astype(spec.inputs[key].dtype) for key, tensor in inputs.items()}
     names = list(spec.outputs)
-    return dict(zip(names, engine.session(part).run(names, feeds), strict=True))
+    found = dict(zip(names, engine.session(part).run(names, feeds), strict=True))
+    check_finite(engine.path.with_name(spec.file), feeds, found)
+    return found
 
 
 def worst_error(found: Mapping[str, Array], expected: Mapping[str, Tensor]) -> float:

@@ -78,6 +78,7 @@ def test_int8_plan(student: Path, tmp_path: Path) -> None:
     ("words", "told"),
     [
         (("--gpu", "sm42"), "sm42"),
+        (("--precision", "fp8", "--gpu", "sm86,sm89"), "sm86 cannot compute in fp8"),
         (("--precision", "fp32"), "use --precision fp16"),
         (("--window-frames", "0", "--sink-frames", "0"), "--window-frames or --max-frames"),
     ],
@@ -105,6 +106,15 @@ def test_bf16_plan(student: Path, tmp_path: Path) -> None:
     assert 5e-4 < manifest.parity["pass"]["denoiser"] < 3e-2
     assert manifest.parity["pass"]["time"] < 1e-5  # float32 in every engine
     assert log["parts"]["denoiser"]["fused_attentions"] == 2
+
+
+def test_fp8_plan(student: Path, tmp_path: Path) -> None:
+    manifest, log = build(student, tmp_path, "fp8")
+    assert 0 < manifest.parity["pass"]["denoiser"] < 1e-1
+    assert "fp8_layers" in manifest.parity["fp8"]
+    part = log["parts"]["denoiser"]
+    assert part["eight_bit_products"] == manifest.parity["fp8"]["fp8_layers"] > 0
+    assert any("FP8" in layer["precision"]["constants"] for layer in part["layers"])
 
 
 WAN_TWO_BLOCKS = ModelConfig(
