@@ -61,7 +61,7 @@ BUDGETS = {
     "fp32": Budget(1e-5, 1e-4),
     "fp16": Budget(5e-3, 5e-2),
     "bf16": Budget(3e-2, 1e-1),
-    "int8": Budget(1e-1, 2e-1, simulated=3e-2),
+    "int8": Budget(1e-1, 2e-1, simulated=4e-2),
     "fp8": Budget(1e-1, 2e-1, simulated=6e-2),
 }
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal, cast
 
+import numpy as np
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -125,7 +126,10 @@ class Simulated:
 
 
 class Compared(TorchDenoiser):
-    """Every pass twice, with int8 as `levels` says and without; the rollout goes on without."""
+    """Every pass twice, with int8 as `levels` says and without; the rollout goes on without.
+
+    Of noisy passes the flows are compared, of clean ones the keys and values that they write.
+    """
 
     def __init__(self, model: WanModel, simulated: Simulated, levels: Levels) -> None:
         super().__init__(model)
@@ -137,16 +141,25 @@ class Compared(TorchDenoiser):
     ) -> FloatArray:
         def run(levels: Levels) -> FloatArray:
             self._simulated.levels = levels
-            return super(Compared, self).denoise(latents, timestep, frames, past_frames)
+            flow = super(Compared, self).denoise(latents, timestep, frames, past_frames)
+            # A pass on clean latents is for its keys and values alone.
+            return flow if timestep else self._written(past_frames, len(frames))
 
         found = self._look(run)
         expected = run({})  # last, for its keys and values stay
-        for note, flow in found:
-            note(relative_l2(flow, expected))
-        return expected
+        for note, result in found:
+            note(relative_l2(result, expected))
+        # What a clean pass returns is not read.
+        return expected if timestep else latents
+
+    def _written(self, past_frames: int, frames: int) -> FloatArray:
+        """A copy of the keys and values of `frames` frames behind the past."""
+        slots = range(past_frames, past_frames + frames)
+        layers = (self.read_cache(i, slots) for i in range(self.model.config.num_layers))
+        return np.stack([kv for layer in layers for kv in layer])
 
     def _look(self, run: Callable[[Levels], FloatArray]) -> list[tuple[Note, FloatArray]]:
-        """Flows to compare, each with what to do with its error."""
+        """Results to compare, each with what to do with its error."""
         return [(self._note, run(self._levels))]
 
     def _note(self, error: float) -> None:

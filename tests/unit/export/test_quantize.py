@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 import asd_rt
 from asd_rt.backends.base import FloatArray
+from asd_rt.config import ModelConfig
 from asd_rt.schedule import Schedule
 from export.build import main
 from export.calibrate import choose_scheme
@@ -23,6 +24,7 @@ from export.engine import NO_PARTS
 from export.lowering import LOWERINGS
 from export.metrics import relative_l2
 from export.onnx import export_part, serialize
+from export.parity import BUDGETS
 from export.parts import engine_parts
 from export.quantize import (
     FP8,
@@ -38,7 +40,8 @@ from export.quantize import (
 from export.reference import TorchDenoiser
 from export.rollouts import VIDEOS, play_rollouts
 from export.settings import FixedPlan, Overrides, make_manifest, resolve
-from train.checkpoint import load_checkpoint
+from export.weights import WeightsFile
+from train.checkpoint import load_checkpoint, save_checkpoint
 from train.model import WanModel
 
 
@@ -244,3 +247,44 @@ def test_an_engine_is_built_and_played(
         assert main([*words, "--out", str(tmp_path), "--int8-keep", "blocks.0.ffn.up"]) == 1
     else:
         assert not stored
+
+
+def test_an_engine_with_an_outlier_channel_names_the_layer_and_holds_its_budget(
+    student: Path, tmp_path: Path
+) -> None:
+    checkpoint = load_checkpoint(student)
+    model = checkpoint.build_model()
+    with torch.no_grad():  # x1000, and read a thousand times as weakly
+        model.blocks[0].ffn[0].weight[7] *= 1000
+        model.blocks[0].ffn[2].weight[:, 7] /= 1000
+    bad = tmp_path / "bad"
+    told = checkpoint.deployment
+    save_checkpoint(
+        bad, checkpoint.config, model.state_dict(), told, checkpoint.codec, checkpoint.table
+    )
+    words = ["--checkpoint", str(bad), "--target", "onnx", "--precision", "int8"]
+    assert main([*words, "--out", str(tmp_path)]) == 0
+    manifest = json.loads((tmp_path / "asd_int8.onnx.json").read_text())
+    figures = manifest["parity"]["int8"]
+    assert "blocks.0.ffn.down" in (*figures["weight_only"], *figures["kept"])
+    assert figures["simulated_pass"] <= BUDGETS["int8"].simulated
+
+
+def test_a_file_of_int8_is_a_third_of_one_of_float32(tmp_path: Path) -> None:
+    config = ModelConfig(dim=96, ffn_dim=384, freq_dim=16, text_dim=8, text_len=4, in_dim=4,
+                         out_dim=4, num_heads=2, num_layers=2)  # fmt: skip
+    torch.manual_seed(0)
+    model = WanModel(config)  # of weights that float16 does not hold
+    torch.nn.init.normal_(model.head.head.weight, std=0.1)
+    save_checkpoint(tmp_path / "student", config, model.state_dict())
+    checkpoint = load_checkpoint(tmp_path / "student")
+    names = layer_names(config.num_layers)
+    sizes = {}
+    for precision in ("fp32", "int8"):
+        scheme = Scheme(dict.fromkeys(names, 0.02)) if precision == "int8" else None
+        parts = engine_parts(checkpoint, model, precision, (4, 4), LOWERINGS["onnxruntime"], scheme)
+        with WeightsFile(tmp_path / f"{precision}.weights") as weights:
+            for name in ("denoiser", "prompt", "time"):
+                export_part(name, parts[name], 23, weights)
+        sizes[precision] = (tmp_path / f"{precision}.weights").stat().st_size
+    assert sizes["int8"] <= 0.3 * sizes["fp32"]
