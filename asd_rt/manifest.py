@@ -31,6 +31,7 @@ __all__ = [
     "Manifest",
     "Part",
     "TensorSpec",
+    "accuracy_warning",
     "check_part",
     "from_json",
     "late_parts",
@@ -74,6 +75,18 @@ def late_parts(manifest: Manifest) -> tuple[str, ...]:
     """
     umt5 = manifest.tokenizer is not None and manifest.tokenizer["kind"] == "umt5"
     return UMT5_PARTS if umt5 else ()
+
+
+def accuracy_warning(engine_path: str | Path, manifest: Manifest) -> str | None:
+    """What is to be said of an engine that its build found inaccurate; None of others."""
+    missed = manifest.parity.get("inaccurate")
+    if not missed:
+        return None
+    told = "; ".join(map(str, missed)) if isinstance(missed, list) else str(missed)
+    return (
+        f"{engine_path}: INACCURATE: it missed its parity budget and was built all the same, with "
+        f"--allow-inaccurate ({told}); its videos may be wrong"
+    )
 
 
 def sha256_file(path: str | Path) -> str:

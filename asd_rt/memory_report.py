@@ -28,7 +28,9 @@ def memory_report(video: Video) -> dict[str, Any]:
     """
     available = available_memory_bytes()
     plans = {}
-    for precision, backend in CHOICES:
+    # As it is built, where it is built: an int8 engine may be a plan too.
+    choices = dict(CHOICES) | {video.precision: video.backend}
+    for precision, backend in choices.items():
         plan = plan_memory(replace(video, precision=precision, backend=backend))
         on_card = backend != "onnx"
         plans[precision] = {

@@ -98,19 +98,14 @@ def summary(seen: Watched) -> dict[str, Any]:
 
 
 async def slow(server: Server, seconds: float, delay_s: float = 1.0) -> dict[str, Any]:
-    """A watcher that acknowledges late: how many blocks behind the video what it gets is."""
+    """A watcher that acknowledges late: how old what it is sent is, and how much of it is on its way."""
     seen = await watch(server, seconds, ack_delay_s=delay_s, fps=FPS)
-    per_s = FPS / len(seen.headers[0]["sizes"])
-    # Blocks are made at their pace, so their numbers tell the time; the first two come at once.
-    lags = [
-        (t - seen.arrivals[0]) * per_s + 1 - header["block"]
-        for t, header in zip(seen.arrivals, seen.headers, strict=True)
-    ]
     return {
         "ack_delay_s": delay_s,
         "frames": seen.frames,
         "dropped": seen.dropped,
-        "blocks_behind": quantiles([max(0.0, lag) for lag in lags]),
+        "age_when_sent_ms": quantiles([h["age_ms"] for h in seen.headers]),
+        "on_their_way_at_most": max((h["on_their_way"] for h in seen.headers), default=0),
     }
 
 

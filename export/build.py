@@ -19,7 +19,8 @@ from asd_rt.planner import USUAL_LATENT_HW, Video
 from export.codec import PRECISIONS as VAE_PRECISIONS
 from export.codec import CodecChoice, add_codec, check_codec
 from export.engine import Target, build_engine
-from export.plans import plan_obstacle
+from export.plans import check_fp8, plan_obstacle
+from export.quantize import Wish, check_wish
 from export.settings import Overrides, Settings, resolve
 from export.tensorrt import NO_CARD_TARGETS, check_gpus, import_tensorrt
 from export.text import add_text_encoder, check_text
@@ -29,7 +30,7 @@ from train.checkpoint import Checkpoint, describe_checkpoint, load_checkpoint
 from train.vae_weights import load_codec
 
 DEFAULT_OUT = Path("engines")
-PRECISIONS = ("fp32", "fp16", "bf16", "int8")
+PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
 EXAMPLES = """examples:
   python -m export.build --steps 1
       the shipped tiny student, for every backend that is installed
@@ -62,6 +63,10 @@ def _latent_size(text: str) -> tuple[int, int]:
     return int(height), int(width)
 
 
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+
+
 def _gpus(text: str) -> tuple[str, ...]:
     return tuple(name.strip().lower() for name in text.split(",") if name.strip())
 
@@ -90,6 +95,20 @@ def make_parser() -> argparse.ArgumentParser:
         help="folder, or one .safetensors or .pt file (default: the shipped tiny student)",
     )
     add("--precision", choices=PRECISIONS, help="default: fp32 for onnx, fp16 for tensorrt")
+    add(
+        "--int8-keep",
+        type=_names,
+        default=(),
+        metavar="LAYER,...",
+        help="layers of an int8 engine to keep in floating point, e.g. blocks.0.ffn.down, besides those that "
+        "its accuracy needs",
+    )
+    add(
+        "--int8-activations",
+        choices=("int8", "float"),
+        default="int8",
+        help="float: int8 weights alone, computed with in floating point",
+    )
     add(
         "--target",
         choices=("auto", "onnx", "tensorrt"),
@@ -123,6 +142,11 @@ def make_parser() -> argparse.ArgumentParser:
         help="of the codec's weights and caches; fp16 is computed with in float32 (default fp32)",
     )
     add("--force", action="store_true", help="replace engines that differ")
+    add(
+        "--allow-inaccurate",
+        action="store_true",
+        help="take engines that miss their parity budget; they are marked, and say so when they run",
+    )
     add("--block-frames", type=int, metavar="N", help="latent frames denoised together (default 3)")
     add(
         "--window-frames",
@@ -180,9 +204,14 @@ def choose_targets(
     """
     if args.gpu and args.target == "onnx":
         raise ConfigError("--gpu is for TensorRT; leave it out, or use --target tensorrt")
+    if args.precision == "fp8" and args.target != "tensorrt":
+        raise ConfigError("an fp8 engine is for cards; use --target tensorrt --gpu sm89,sm120")
+    wish = Wish(args.int8_keep, args.int8_activations)
+    if wish != Wish() and args.precision != "int8":
+        raise ConfigError("--int8-keep and --int8-activations are for --precision int8; add it")
     targets = []
     if args.target != "tensorrt":
-        targets.append(Target("onnx", args.precision or "fp32"))
+        targets.append(Target("onnx", args.precision or "fp32", wish=wish))
     if args.target == "onnx":
         return targets
     precision = args.precision or "fp16"
@@ -192,13 +221,15 @@ def choose_targets(
             raise ConfigError(obstacle)
         trt = import_tensorrt()
         gpus = check_gpus(trt, args.gpu) or _present_targets()
+        if precision == "fp8":
+            check_fp8(gpus)
     except AsdError as error:
         # In `auto` a plan is a bonus; a wish for one (--target, --gpu) is not.
         if args.target == "tensorrt" or args.gpu:
             raise
         log.info("skipped asd_%s.plan: %s", precision, error)
         return targets
-    targets.append(Target(trt.__name__, precision, gpus))
+    targets.append(Target(trt.__name__, precision, gpus, wish))
     return targets
 
 
@@ -270,6 +301,7 @@ def build(args: argparse.Namespace) -> list[Path]:
     FixedPlan(args.steps, args.first_steps or args.steps)  # before weights are read
     checkpoint: Checkpoint = load_checkpoint(args.checkpoint or default_checkpoint())
     settings = _settings(args, checkpoint)
+    check_wish(Wish(args.int8_keep), checkpoint.config.num_layers)
     targets = choose_targets(args, settings, checkpoint.config)
     codec = _codec(args, checkpoint)
     if args.text_precision is not None and args.text_encoder is None:
@@ -278,7 +310,10 @@ def build(args: argparse.Namespace) -> list[Path]:
     if text is not None:
         check_text(text, checkpoint.config)
     out = _output_folder(args.out)
-    engines = [build_engine(checkpoint, settings, target, out, args.force) for target in targets]
+    engines = [
+        build_engine(checkpoint, settings, target, out, args.force, args.allow_inaccurate)
+        for target in targets
+    ]
     if text is not None:
         add_text_encoder(text, args.text_precision, engines, args.force)
     if codec is not None:

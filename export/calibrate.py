@@ -1,62 +1,56 @@
 """What an int8 engine needs to know of its network: ranges of inputs, and which layers int8 would spoil.
 
-Both come from rollouts of the student itself: a cache that fills and rolls, every timestep of the plans with
-1 to 4 steps and the pass at t = 0, several prompts and seeds. Nothing of a rollout is kept but sums.
+Both come from rollouts of the student itself (`export.rollouts`); of them, sums and maxima alone are kept.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from typing import cast
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from asd_rt.backends.base import FloatArray
 from asd_rt.manifest import Manifest
-from asd_rt.plan import ListedPlan
-from asd_rt.progress import Progress
-from asd_rt.session import Session
-from export.metrics import relative_l2
-from export.quantize import LAYERS, LEVELS, Scheme, fake_quantize, quantize_weight
-from export.reference import TorchDenoiser, TorchEngine
-from export.samples import latent_sizes, sample_context, sample_noise
+from export.quantize import (
+    INT8,
+    NO_WISH,
+    SMOOTHED,
+    Format,
+    Scheme,
+    Wish,
+    fake_quantize,
+    quantize_weight,
+)
+from export.reference import TorchDenoiser
+from export.rollouts import play_rollouts
+from export.simulate import Compared, Layer, Level, Ranked, Simulated, layers_of, watched
 from train.checkpoint import Checkpoint
 from train.model import WanModel
 
 # Of the largest input; what lies beyond is clipped.
 CLIPS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
-PLANS = ((4, 1, 3, 2), (2, 4, 1, 3), (1, 3, 2, 4))
+# How much of a channel's size goes from inputs into weights; 0 = nothing is moved at all.
+ALPHAS = (0.0, 0.35, 0.5, 0.65, 0.8, 0.9)
+SEEN_TOKENS = 256  # of a pass, to try clips and alphas on
+TINY = 1e-12
 log = logging.getLogger(__name__)
-
-LARGEST = (16, 24)  # latents of a rollout: ranges need no more
-RANKED_EVERY = 5  # passes: to try every layer takes long
-Note = Callable[[float], None]
-
-
-@dataclass(eq=False)
-class _Layer:
-    """One product of the network, with what rollouts told of it."""
-
-    name: str
-    linears: list[nn.Linear]
-    largest: float = 0.0
-    clip_errors: Tensor = field(default_factory=lambda: torch.zeros(len(CLIPS)))
-    scale: float = 0.0
-    error: float = 0.0  # worst of a pass with int8 in this layer alone
-
-    def note(self, error: float) -> None:
-        self.error = max(self.error, error)
 
 
 def choose_scheme(
-    checkpoint: Checkpoint, model: WanModel, manifest: Manifest, budget: float, seed: int = 0
+    checkpoint: Checkpoint,
+    model: WanModel,
+    manifest: Manifest,
+    budget: float,
+    seed: int = 0,
+    wish: Wish = NO_WISH,
+    form: Format = INT8,
 ) -> Scheme:
     """Ranges of all products in blocks, and those to leave alone so that a pass stays within `budget`.
+
+    A layer that int8 would spoil gets its inputs back in floating point, which costs no bytes; where that is
+    not enough, its weights too. Those that spoil most go first.
 
     Args:
         checkpoint: of the student; its own prompts are used where it has some.
@@ -64,182 +58,183 @@ def choose_scheme(
         manifest: geometry and schedule of the engine to be.
         budget: largest relative L2 error of a pass, against float32, over the rollouts.
         seed: of noise and prompts.
+        wish: what is decided by hand.
+        form: of 8 bits; "int8" stands for it.
     """
-    layers = _layers(model)
 
     def play(denoiser: TorchDenoiser, what: str) -> None:
-        with Progress(what, len(PLANS)) as progress:
-            for index in range(len(PLANS)):
-                _rollout(checkpoint, manifest, denoiser, index, seed)
-                progress.advance()
+        play_rollouts(checkpoint, manifest, denoiser, f"{form.name}: {what}", seed)
 
-    with _watched(layers, _note_largest):
-        play(TorchDenoiser(model), "int8: ranges")
-    with _watched(layers, _note_clips):
-        play(TorchDenoiser(model), "int8: clipping")
-    for layer in layers:
-        best = int(layer.clip_errors.argmin())
-        layer.scale = max(layer.largest * CLIPS[best], 1e-12) / LEVELS
+    layers = [layer for layer in layers_of(model, form) if layer.name not in wish.keep]
+    if wish.activations == "int8":
+        _find_ranges(layers, lambda what: play(TorchDenoiser(model), what))
 
-    def error_without(kept: Sequence[_Layer], what: str) -> float:
-        chosen = [layer for layer in layers if layer not in kept]
-        with _Simulated(layers) as simulated:
-            compared = _Compared(model, simulated, chosen)
+    def error_of(levels: dict[Layer, Level], what: str) -> float:
+        with Simulated(layers) as simulated:
+            compared = Compared(model, simulated, levels)
             play(compared, what)
         return compared.worst
 
-    error, kept = error_without((), "int8: all layers"), []
+    levels: dict[Layer, Level] = dict.fromkeys(
+        layers, "int8" if wish.activations == "int8" else "weights"
+    )
+    error = error_of(levels, "all layers")
     if error > budget:
-        with _Simulated(layers) as simulated:
-            play(_Ranked(model, simulated), "int8: layer by layer")
-        ranked = sorted(layers, key=lambda layer: layer.error, reverse=True)
-        too_few, enough = 0, len(layers)
+        with Simulated(layers) as simulated:
+            play(Ranked(model, simulated), "layer by layer")
+        steps = _steps(layers, wish)
+        too_few, enough = 0, len(steps)
         # Errors of layers add up, roughly, so that a search by halves finds about the fewest.
+        error = 0.0
         while enough - too_few > 1:
             count = min(max(1, 2 * too_few), (too_few + enough) // 2)
-            found = error_without(ranked[:count], f"int8: {count} kept")
+            found = error_of(_after(levels, steps[:count]), f"{count} eased")
             if found > budget:
                 too_few = count
             else:
                 enough, error = count, found
-        kept = ranked[:enough]
-    log.info("  int8      pass %.1e in simulation (budget %.0e), %d of %d layers kept", error, budget,
-             len(kept), len(layers))  # fmt: skip
+        levels = _after(levels, steps[:enough])
+        layers.sort(key=lambda layer: layer.errors["int8"], reverse=True)
+    return _scheme(layers, levels, error, budget, wish, form)
+
+
+def _scheme(
+    layers: list[Layer],
+    levels: dict[Layer, Level],
+    error: float,
+    budget: float,
+    wish: Wish,
+    form: Format,
+) -> Scheme:
+    scales = {layer.name: layer.scale for layer in layers if levels.get(layer) == "int8"}
+    eased = tuple(layer.name for layer in layers if levels.get(layer) == "weights")
+    kept = tuple(layer.name for layer in layers if layer not in levels)
+    log.info("  %-9s pass %.1e in simulation (budget %.0e), of %d layers: %d with inputs as they are, "
+             "%d kept", form.name, error, budget, len(layers) + len(wish.keep), len(eased),
+             len(kept) + len(wish.keep))  # fmt: skip
     return Scheme(
-        {layer.name: layer.scale for layer in layers if layer not in kept},
-        tuple(layer.name for layer in kept),
-        {"simulated_pass": float(f"{error:.3g}")},
-    )
-
-
-def _layers(model: WanModel) -> list[_Layer]:
-    return [
-        _Layer(
-            f"blocks.{i}.{name}",
-            [cast(nn.Linear, block.get_submodule(source)) for source in sources],
-        )
-        for i, block in enumerate(model.blocks)
-        for name, sources in LAYERS.items()
-    ]
-
-
-def _rollout(
-    checkpoint: Checkpoint, manifest: Manifest, denoiser: TorchDenoiser, index: int, seed: int
-) -> None:
-    """Play video `index` of the calibration: its own prompt, noise and plan."""
-    sizes = latent_sizes(manifest)
-    rows, columns = sizes[index % len(sizes)]
-    size = min(rows, LARGEST[0]), min(columns, LARGEST[1])
-    noise = sample_noise(manifest, size, 1, seed + index)
-    engine = TorchEngine(checkpoint, replace(manifest, latent_hw=None), denoiser.model)
-    engine.denoiser = denoiser
-    context = sample_context(checkpoint, 1, seed + index).numpy()
-    Session(engine, join=False).replay(
-        noise, context, plan=ListedPlan(PLANS[index]), dump_cache=True
-    )
-
-
-@contextmanager
-def _watched(
-    layers: list[_Layer], see: Callable[[_Layer, Tensor], Tensor | None]
-) -> Iterator[None]:
-    """Let `see` look at the input of every layer; what it returns takes the place of the output."""
-
-    def hook(layer: _Layer) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor | None]:
-        return lambda _, inputs, output: see(layer, inputs[0])
-
-    handles = []
-    for layer in layers:
-        # Layers side by side have one input: it is enough to look at the first.
-        handles.append(layer.linears[0].register_forward_hook(hook(layer)))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _note_largest(layer: _Layer, x: Tensor) -> None:
-    layer.largest = max(layer.largest, float(x.abs().max()))
-
-
-def _note_clips(layer: _Layer, x: Tensor) -> None:
-    for i, clip in enumerate(CLIPS):
-        scale = max(layer.largest * clip, 1e-12) / LEVELS
-        layer.clip_errors[i] += (fake_quantize(x, scale) - x).square().sum()
-
-
-class _Simulated:
-    """Linear layers that compute as int8 would: those of `chosen`, while it is not empty."""
-
-    def __init__(self, layers: Sequence[_Layer]) -> None:
-        self.layers = layers
-        self.chosen: Sequence[_Layer] = ()
-        self._handles = [
-            linear.register_forward_hook(self._hook(layer, linear))
+        scales,
+        (*wish.keep, *kept),
+        {"simulated_pass": float(f"{error:.3g}"), "asked": wish.to_json()},
+        eased,
+        {
+            layer.name: layer.divisor
             for layer in layers
-            for linear in layer.linears
-        ]
-
-    def __enter__(self) -> _Simulated:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-    def _hook(
-        self, layer: _Layer, linear: nn.Linear
-    ) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor | None]:
-        values, scale = quantize_weight(linear.weight.t())
-
-        def compute(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-            if layer not in self.chosen:
-                return None
-            weight = (values.float() * scale).t()
-            return F.linear(fake_quantize(inputs[0], layer.scale), weight, linear.bias)
-
-        return compute
+            if layer.name in scales and layer.divisor is not None
+        },
+        form=form,
+    )
 
 
-class _Compared(TorchDenoiser):
-    """Every pass twice, with int8 in the layers of `chosen` and without; the rollout goes on without."""
+@dataclass(frozen=True)
+class _Step:
+    """A layer that gets its inputs back, or else its weights too; `gain` is the error that it then loses."""
 
-    def __init__(
-        self, model: WanModel, simulated: _Simulated, chosen: Sequence[_Layer] = ()
-    ) -> None:
-        super().__init__(model)
-        self._simulated, self._chosen = simulated, chosen
-        self.worst = 0.0
-
-    def denoise(
-        self, latents: FloatArray, timestep: float, frames: range, past_frames: int
-    ) -> FloatArray:
-        def run(chosen: Sequence[_Layer]) -> FloatArray:
-            self._simulated.chosen = chosen
-            return super(_Compared, self).denoise(latents, timestep, frames, past_frames)
-
-        found = self._look(run)
-        expected = run(())
-        for note, flow in found:
-            note(relative_l2(flow, expected))
-        return expected
-
-    def _look(self, run: Callable[[Sequence[_Layer]], FloatArray]) -> list[tuple[Note, FloatArray]]:
-        """Flows to compare, each with what to do with its error."""
-        return [(self._note, run(self._chosen))]
-
-    def _note(self, error: float) -> None:
-        self.worst = max(self.worst, error)
+    gain: float
+    layer: Layer
+    inputs: bool
 
 
-class _Ranked(_Compared):
-    """Some passes once more for each layer, with int8 in that layer alone."""
+def _steps(layers: list[Layer], wish: Wish) -> list[_Step]:
+    """All that can be eased, what gains most first; the inputs of a layer always before its weights."""
+    steps = []
+    for layer in layers:
+        whole, weights = layer.errors["int8"], layer.errors["weights"]
+        if wish.activations == "int8":
+            steps.append(_Step(max(whole, weights), layer, inputs=True))
+        steps.append(_Step(weights, layer, inputs=False))
+    return sorted(steps, key=lambda step: (-step.gain, not step.inputs))
 
-    passes = 0
 
-    def _look(self, run: Callable[[Sequence[_Layer]], FloatArray]) -> list[tuple[Note, FloatArray]]:
-        self.passes += 1
-        if self.passes % RANKED_EVERY:
-            return []
-        return [(layer.note, run([layer])) for layer in self._simulated.layers]
+def _after(levels: dict[Layer, Level], steps: list[_Step]) -> dict[Layer, Level]:
+    """`levels` with `steps` taken."""
+    made = dict(levels)
+    for step in steps:
+        if step.inputs:
+            made[step.layer] = "weights"
+        else:
+            del made[step.layer]
+    return made
+
+
+class _Sums:
+    """What rollouts told of the input of one layer, channel by channel."""
+
+    def __init__(self, layer: Layer) -> None:
+        self.weight = torch.cat([linear.weight for linear in layer.linears]).t()  # [in, out]
+        channels, self.form = len(self.weight), layer.form
+        self.largest = torch.zeros(channels)
+        self.squares = torch.zeros(channels)
+        self.tokens = 0
+        self.smoothed = layer.kind in SMOOTHED
+        self.divisors: list[Tensor | None] = []
+        self.errors = torch.zeros(0)
+
+    def see(self, x: Tensor) -> None:
+        """First look at inputs [..., in]."""
+        x = x.flatten(0, -2)
+        self.largest = torch.maximum(self.largest, x.abs().amax(dim=0))
+        self.squares += x.square().sum(dim=0)
+        self.tokens += len(x)
+
+    def prepare(self) -> None:
+        """Between the looks: what there is to try, and what each would cost in the weights."""
+        self.divisors = [self._divisor(alpha) for alpha in (ALPHAS if self.smoothed else (0.0,))]
+        self.reach, self.gains, lost = [], [], []
+        for divisor in self.divisors:
+            weight = self.weight if divisor is None else self.weight * divisor[:, None]
+            values, scale = quantize_weight(weight, self.form)
+            inputs = self.squares if divisor is None else self.squares / divisor.square()
+            error = (values.float() * scale - weight).square().sum(dim=1)
+            lost.append(float((error * inputs).sum() / max(1, self.tokens)))
+            largest = self.largest if divisor is None else self.largest / divisor
+            self.reach.append(max(float(largest.max()), TINY))
+            self.gains.append(weight.square().sum(dim=1))  # from an input's error to the output's
+        self.lost, self.errors, self.tried = lost, torch.zeros(len(lost), len(CLIPS)), 0
+
+    def _divisor(self, alpha: float) -> Tensor | None:
+        """float32 [in], of geometric mean 1; SmoothQuant, formula 4."""
+        if not alpha:
+            return None
+        inputs, weights = (
+            self.largest.clamp_min(TINY),
+            self.weight.abs().amax(dim=1).clamp_min(TINY),
+        )
+        log_size = alpha * inputs.log() - (1 - alpha) * weights.log()
+        # A channel that is always zero has no say in the mean, and may not go far from it.
+        log_size = (log_size - log_size.median()).clamp(-7, 7)
+        return log_size.exp()
+
+    def try_out(self, x: Tensor) -> None:
+        """Second look at inputs [..., in]: what each divisor and clip would cost.
+
+        Errors of channels are taken as independent, so that no product is needed.
+        """
+        x = x.flatten(0, -2)
+        x = x[:: -(-len(x) // SEEN_TOKENS)]
+        self.tried += len(x)
+        for i, divisor in enumerate(self.divisors):
+            y = x if divisor is None else x / divisor
+            scales = self.reach[i] / self.form.largest * torch.tensor(CLIPS)[:, None, None]
+            error = fake_quantize(y, scales, self.form) - y  # [clips, tokens, in]
+            self.errors[i] += (error.square().sum(dim=1) * self.gains[i]).sum(dim=1)
+
+    def choose(self, layer: Layer) -> None:
+        """Give the layer the divisor and the scale that cost least."""
+        total = self.errors / max(1, self.tried) + torch.tensor(self.lost)[:, None]
+        best, clip = divmod(int(total.argmin()), len(CLIPS))
+        layer.divisor = self.divisors[best]
+        layer.scale = self.reach[best] * CLIPS[clip] / layer.form.largest
+
+
+def _find_ranges(layers: list[Layer], play: Callable[[str], None]) -> None:
+    """Scale and divisor of every layer, from two looks at the same rollouts."""
+    sums = {layer: _Sums(layer) for layer in layers}
+    with watched(layers, lambda layer, x: sums[layer].see(x)):
+        play("ranges")
+    for seen in sums.values():
+        seen.prepare()
+    with watched(layers, lambda layer, x: sums[layer].try_out(x)):
+        play("smoothing")
+    for layer, seen in sums.items():
+        seen.choose(layer)

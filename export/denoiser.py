@@ -12,7 +12,7 @@ and (`fused`) one operator each for attention, rotary positions and modulated no
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import pi
 from typing import Any, cast
 
@@ -22,38 +22,40 @@ from torch import Tensor, nn
 from torch.onnx import ops
 
 from export.lowering import Lowering
-from export.quantize import Quantized, QuantizedInput, Scales, Scheme
+from export.quantize import PLAIN, Choice, Quantized, QuantizedInput, Scheme
 from train.model import Attention, Block, WanModel
 
+Choices = Mapping[str, Choice]  # of one block, by the names in LAYERS
 MASKED = -1e4  # weighs nothing after softmax, and is a number in float16
 
 
 class Linear(nn.Module):
     """x @ W + b in `dtype`, for all `sources` side by side; W is [in, out]: the graph transposes nothing."""
 
-    def __init__(
-        self, *sources: nn.Module, dtype: torch.dtype, input_scale: float | None = None
-    ) -> None:
-        """`input_scale`: of int8 inputs, where the product is one of int8; None = in `dtype`."""
+    def __init__(self, *sources: nn.Module, dtype: torch.dtype, choice: Choice = PLAIN) -> None:
+        """`choice`: how it is computed, where it is not simply in `dtype`."""
         super().__init__()
         layers = [cast(nn.Linear, source) for source in sources]
-        self.dtype = dtype
+        self.dtype = dtype = torch.float32 if choice.wide else dtype
         # A view where it can be one: a large network must not be in memory twice.
         whole = layers[0].weight if len(layers) == 1 else torch.cat([y.weight for y in layers])
         weight = whole.detach().t()
-        self.weight: nn.Parameter | Quantized
+        if choice.divisor is not None:
+            weight = weight * choice.divisor[:, None]
+        self.weight = (
+            Quantized(weight, dtype, choice.form) if choice.int8 else nn.Parameter(weight.to(dtype))
+        )
         self.input: QuantizedInput | None = None
-        if input_scale is None:
-            self.weight = nn.Parameter(weight.to(dtype))
-        else:
-            self.weight, self.input = Quantized(weight, dtype), QuantizedInput(input_scale, dtype)
+        if choice.input_scale is not None:
+            self.input = QuantizedInput(choice.input_scale, dtype, choice.form)
         self.bias = nn.Parameter(torch.cat([layer.bias.detach() for layer in layers]).to(dtype))
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, y = self.weight, x.to(self.dtype)
-        if isinstance(weight, Quantized) and self.input is not None:
-            y, weight = self.input(y), weight()
-        product: Tensor = y @ cast(Tensor, weight)
+        y = x.to(self.dtype)
+        if self.input is not None:
+            y = self.input(y)
+        weight = self.weight() if isinstance(self.weight, Quantized) else self.weight
+        product: Tensor = y @ weight
         return product + self.bias
 
 
@@ -107,13 +109,13 @@ class SelfAttentionPart(nn.Module):
     """Attention of a pass's tokens over the past and themselves."""
 
     def __init__(
-        self, source: Attention, dtype: torch.dtype, how: Lowering, scales: Scales
+        self, source: Attention, dtype: torch.dtype, how: Lowering, choices: Choices
     ) -> None:
         super().__init__()
         self.heads, self.dtype, self.how = source.heads, dtype, how
-        scale = scales.get("self_attn.qkv")
-        self.qkv = Linear(source.q, source.k, source.v, dtype=dtype, input_scale=scale)
-        self.o = Linear(source.o, dtype=dtype, input_scale=scales.get("self_attn.o"))
+        qkv = (source.q, source.k, source.v)
+        self.qkv = Linear(*qkv, dtype=dtype, choice=choices["self_attn.qkv"])
+        self.o = Linear(source.o, dtype=dtype, choice=choices["self_attn.o"])
         self.norm_q = RmsNorm(source.norm_q.weight, source.norm_q.eps)
         self.norm_k = RmsNorm(source.norm_k.weight, source.norm_k.eps)
 
@@ -130,6 +132,7 @@ class SelfAttentionPart(nn.Module):
             turn(norm(x), rope, self.heads, self.how.fused).to(self.dtype)
             for norm, x in ((self.norm_q, q), (self.norm_k, k))
         )
+        v = v.to(self.dtype)
         held = [torch.cat([before, own], dim=1) for before, own in zip(past, (k, v), strict=True)]
         return attend(q, held[0], held[1], self.heads, self.how, mask), k, v
 
@@ -138,12 +141,12 @@ class CrossAttentionPart(nn.Module):
     """Attention of a pass's tokens over the prompt."""
 
     def __init__(
-        self, source: Attention, dtype: torch.dtype, how: Lowering, scales: Scales
+        self, source: Attention, dtype: torch.dtype, how: Lowering, choices: Choices
     ) -> None:
         super().__init__()
         self.heads, self.dtype, self.how = source.heads, dtype, how
         self.q, self.o = (
-            Linear(layer, dtype=dtype, input_scale=scales.get(f"cross_attn.{name}"))
+            Linear(layer, dtype=dtype, choice=choices[f"cross_attn.{name}"])
             for name, layer in (("q", source.q), ("o", source.o))
         )
         self.norm_q = RmsNorm(source.norm_q.weight, source.norm_q.eps)
@@ -157,10 +160,12 @@ class CrossAttentionPart(nn.Module):
 class PromptKeyValue(nn.Module):
     """Cross-attention keys (normalised) and values of one layer."""
 
-    def __init__(self, source: Attention, dtype: torch.dtype) -> None:
+    def __init__(self, source: Attention, dtype: torch.dtype, choice: Choice) -> None:
         super().__init__()
         self.dtype = dtype
-        self.k, self.v = Linear(source.k, dtype=dtype), Linear(source.v, dtype=dtype)
+        self.k, self.v = (
+            Linear(layer, dtype=dtype, choice=choice) for layer in (source.k, source.v)
+        )
         self.norm_k = RmsNorm(source.norm_k.weight, source.norm_k.eps)
 
     def forward(self, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -200,16 +205,44 @@ class Residual:
         return function(x.view(1, row.shape[1], -1, x.shape[-1]), row).view(x.shape)
 
 
+def divided(norm: nn.LayerNorm, divisor: Tensor | None) -> nn.LayerNorm:
+    """`norm` with what it gives divided by `divisor` [dim]."""
+    if divisor is None:
+        return norm
+    made = nn.LayerNorm(norm.normalized_shape, norm.eps)
+    made.weight = nn.Parameter(norm.weight.detach() / divisor)
+    made.bias = nn.Parameter(norm.bias.detach() / divisor)
+    return made
+
+
+def modulation_factors(scheme: Scheme, layers: int) -> Tensor | None:
+    """float32 [6 * layers + 2, dim] to multiply modulations by, so that inputs of smoothed layers come
+    divided; None = nothing to do.
+    """
+    rows = {6 * i + row: scheme.divisors.get(f"blocks.{i}.{name}")
+            for i in range(layers)
+            for name, first in (("self_attn.qkv", 0), ("ffn.up", 3))
+            for row in (first, first + 1)}  # fmt: skip
+    found = {row: divisor for row, divisor in rows.items() if divisor is not None}
+    if not found:
+        return None
+    dim = len(next(iter(found.values())))
+    factors = torch.ones(6 * layers + 2, dim)
+    for row, divisor in found.items():
+        factors[row] /= divisor
+    return factors
+
+
 class BlockPart(nn.Module):
     """One transformer block."""
 
-    def __init__(self, source: Block, dtype: torch.dtype, how: Lowering, scales: Scales) -> None:
+    def __init__(self, source: Block, dtype: torch.dtype, how: Lowering, choices: Choices) -> None:
         super().__init__()
-        self.self_attn = SelfAttentionPart(source.self_attn, dtype, how, scales)
-        self.cross_attn = CrossAttentionPart(source.cross_attn, dtype, how, scales)
-        self.norm3 = source.norm3
+        self.self_attn = SelfAttentionPart(source.self_attn, dtype, how, choices)
+        self.cross_attn = CrossAttentionPart(source.cross_attn, dtype, how, choices)
+        self.norm3 = divided(source.norm3, choices["cross_attn.q"].divisor)
         self.up, self.down = (
-            Linear(source.ffn[i], dtype=dtype, input_scale=scales.get(name))
+            Linear(source.ffn[i], dtype=dtype, choice=choices[name])
             for i, name in ((0, "ffn.up"), (2, "ffn.down"))
         )
 
@@ -236,11 +269,14 @@ class BlockPart(nn.Module):
 class DenoiserPart(nn.Module):
     """One causal pass, as in docs/engine.md; prompt and past come layer by layer, k before v."""
 
+    factors: Tensor | None
+
     def __init__(
         self, model: WanModel, dtype: torch.dtype, how: Lowering, scheme: Scheme | None = None
     ) -> None:
-        """The part of `model` in `dtype`; `scheme`: whose products are int8."""
+        """The part of `model` in `dtype`; `scheme`: which products are computed in another way."""
         super().__init__()
+        scheme = scheme or Scheme()
         self.layers, self.eps, self.fused = model.config.num_layers, model.config.eps, how.fused
         patch = model.patch_embedding
         linear = nn.Linear(patch.in_channels * 4, patch.out_channels, device="meta")
@@ -249,9 +285,10 @@ class DenoiserPart(nn.Module):
         # Small, and where the latents come in unharmed.
         self.patch = Linear(linear, dtype=torch.float32)
         self.blocks = nn.ModuleList(
-            BlockPart(cast(Block, block), dtype, how, scheme.of_block(i) if scheme else {})
+            BlockPart(cast(Block, block), dtype, how, scheme.of_block(i))
             for i, block in enumerate(model.blocks)
         )
+        self.register_buffer("factors", modulation_factors(scheme, self.layers))
         self.head = Linear(model.head.head, dtype=torch.float32)
 
     def forward(
@@ -280,6 +317,8 @@ class DenoiserPart(nn.Module):
         x = self.patch(x.reshape(1, frames * rows * columns, channels * 4))
         by_frame = modulation.ndim > 2
         dim = modulation.shape[-1]
+        if self.factors is not None:
+            modulation = modulation * (self.factors[:, None, None] if by_frame else self.factors)
         m = torch.split(modulation, 1) if by_frame else torch.split(modulation.flatten(), dim)
         stream = Residual(x, self.eps, self.fused)
         new: list[Tensor] = []
@@ -299,6 +338,7 @@ class JoinedPart(DenoiserPart):
         nn.Module.__init__(self)
         self.layers, self.eps, self.fused = denoiser.layers, denoiser.eps, denoiser.fused
         self.patch, self.blocks, self.head = denoiser.patch, denoiser.blocks, denoiser.head
+        self.register_buffer("factors", denoiser.factors)
 
     def forward(
         self,
@@ -365,11 +405,13 @@ class TimePart(nn.Module):
 class PromptPart(nn.Module):
     """Zero-padded context -> cross-attention keys and values of every layer, in the KV dtype."""
 
-    def __init__(self, model: WanModel, dtype: torch.dtype) -> None:
+    def __init__(self, model: WanModel, dtype: torch.dtype, int8: bool = False) -> None:
+        """`int8`: keys and values from int8 weights; their inputs stay as they are."""
         super().__init__()
         self.first, self.last = (Linear(model.text_embedding[i], dtype=dtype) for i in (0, 2))
         self.blocks = nn.ModuleList(
-            PromptKeyValue(cast(Block, block).cross_attn, dtype) for block in model.blocks
+            PromptKeyValue(cast(Block, block).cross_attn, dtype, Choice(int8=int8))
+            for block in model.blocks
         )
 
     def forward(self, context: Tensor) -> tuple[Tensor, ...]:

@@ -6,6 +6,7 @@ import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import onnx
 
@@ -28,25 +29,34 @@ from export.bundle import (
     scratch_folder,
 )
 from export.calibrate import choose_scheme
+from export.emulate import emulated_engine
 from export.lowering import LOWERINGS, Lowering
 from export.onnx import export_part, serialize, tensor_specs
-from export.parity import BUDGETS, measure
+from export.parity import BUDGETS, accept, measure
+from export.parity_report import make_entry, report_files, write_report
 from export.parts import PartModule, engine_parts
 from export.plans import compile_plans
+from export.quantize import FORMATS, NO_WISH, Scheme, Wish
+from export.ranges import choose_float32
 from export.settings import Settings, make_manifest
+from export.speed import measure_speed
 from export.weights import WeightsFile
 from train.checkpoint import Checkpoint
+from train.model import WanModel
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Target:
-    """What to build: backend (onnx, tensorrt, tensorrt_rtx), precision, and the cards of a plan."""
+    """What to build: backend (onnx, tensorrt, tensorrt_rtx), precision, the cards of a plan, and what is
+    asked of int8.
+    """
 
     backend: str
     precision: str
     gpus: tuple[str, ...] = ()
+    wish: Wish = NO_WISH
 
     @property
     def file(self) -> str:
@@ -59,7 +69,12 @@ class Target:
 
 
 def build_engine(
-    checkpoint: Checkpoint, settings: Settings, target: Target, out: Path, force: bool
+    checkpoint: Checkpoint,
+    settings: Settings,
+    target: Target,
+    out: Path,
+    force: bool,
+    allow_inaccurate: bool = False,
 ) -> Path:
     """Build one engine in a temporary folder, gate it, and move it into `out`; returns its path.
 
@@ -71,21 +86,30 @@ def build_engine(
         target: backend, precision and cards.
         out: an existing folder.
         force: replace an engine that differs.
+        allow_inaccurate: take an engine that misses its budget; its manifest says so.
 
     Raises:
         EngineError: `out` cannot be written, a differing engine is there, or the result fails its gate.
     """
     engine = out / target.file
     wanted = make_manifest(
-        checkpoint, settings, target.precision, target.backend, NO_PARTS, target.gpus
+        checkpoint,
+        settings,
+        target.precision,
+        target.backend,
+        NO_PARTS,
+        target.gpus,
+        _asked(target),
     )
-    if not force and _is_current(engine, wanted):
+    if not force and _is_current(engine, wanted, allow_inaccurate):
         log.info("%s is up to date", engine)
         return engine
     log.info("building %s from checkpoint %s", engine, checkpoint.name)
     with scratch_folder(out) as scratch:
         began = perf_counter()
-        manifest = carry_over(engine, _fill(scratch, checkpoint, settings, target))
+        manifest = carry_over(
+            engine, _fill(scratch, checkpoint, settings, target, allow_inaccurate)
+        )
         write_manifest(scratch / target.file, manifest)
         verify(scratch / target.file, manifest, skip=added_parts(manifest))
         _move_in(scratch, engine, manifest)
@@ -98,15 +122,22 @@ def build_engine(
 NO_PARTS = {name: Part(name, "0" * 64, 0) for name in ("denoiser", "time", "prompt")}
 
 
-def _fill(scratch: Path, checkpoint: Checkpoint, settings: Settings, target: Target) -> Manifest:
-    """Export, gate and, for a plan, compile every part into `scratch`; returns the manifest."""
+def _fill(
+    scratch: Path,
+    checkpoint: Checkpoint,
+    settings: Settings,
+    target: Target,
+    allow_inaccurate: bool,
+) -> Manifest:
+    """Export, gate and, for a plan, compile every part into `scratch`, with a report.
+
+    Returns:
+        the manifest.
+    """
     model, is_plan = checkpoint.build_model(), target.backend != "onnx"
     lowering = LOWERINGS[runtime_of(target.backend, target.precision, checkpoint.config)]
     large = is_large(checkpoint.config)
-    scheme = None
-    if target.precision == "int8":
-        draft = make_manifest(checkpoint, settings, target.precision, target.backend, NO_PARTS)
-        scheme = choose_scheme(checkpoint, model, draft, BUDGETS["int8"].simulated)
+    scheme = _scheme(checkpoint, model, settings, target)
     # A large network is measured at small latents, so its graphs leave the size open.
     latent_hw = None if large else settings.latent_hw
     modules = engine_parts(checkpoint, model, target.precision, latent_hw, lowering, scheme)
@@ -124,24 +155,49 @@ def _fill(scratch: Path, checkpoint: Checkpoint, settings: Settings, target: Tar
     manifest = make_manifest(checkpoint, settings, target.precision, "onnx", held | parts)
     if is_plan:  # whose graphs say themselves what is computed in which type
         manifest = replace(manifest, runtime="onnxruntime")
-    began = perf_counter()
-    parity = measure(scratch / parts["denoiser"].file, manifest, checkpoint, model)
+    began, measured = perf_counter(), manifest
+    if is_plan and target.precision == "bf16":
+        measured = emulated_engine(scratch, manifest)
+    denoiser = scratch / measured.parts["denoiser"].file
+    gate = measure(denoiser, measured, checkpoint, model)
+    parity = gate.figures
     log.info("  parity    pass %.1e, rollout %.1e (budgets %.0e, %.0e) %.1f s",
-             max(parity["pass"].values()), max(parity["rollout"].values()), parity["budget"]["pass"],
+             gate.worst_pass, gate.worst_rollout, parity["budget"]["pass"],
              parity["budget"]["rollout"], perf_counter() - began)  # fmt: skip
+    accept(manifest.name, gate, allow_inaccurate)
     if scheme is not None:
-        parity["int8"] = scheme.to_json()
+        parity[target.precision] = scheme.to_json()
+    if not is_plan:
+        speed = measure_speed(denoiser, manifest, scratch.parent)
+        parity |= {} if speed is None else {"speed": speed}
+    name = f"{target.file}, its graphs" if is_plan else target.file
+    entry = make_entry(name, manifest, parity, gate.drift, gate.layers)
+    write_report(*report_files(scratch / target.file), [entry])
     if not is_plan:
         return replace(manifest, parity=parity)
 
     parts = compile_plans(scratch, target.file, settings, parts, target.gpus)
     file.unlink()
-    parity |= {
-        "measured_with": f"{parity['measured_with']}, on the graphs that the plans were compiled from"
-    }
+    graphs = "the graphs that the plans were compiled from"
+    if measured is not manifest:
+        graphs = f"float32 versions of {graphs}, rounded to bfloat16 after every operator"
+    parity |= {"measured_with": f"{parity['measured_with']}, on {graphs}"}
     return make_manifest(
         checkpoint, settings, target.precision, target.backend, parts, target.gpus, parity
     )
+
+
+def _scheme(
+    checkpoint: Checkpoint, model: WanModel, settings: Settings, target: Target
+) -> Scheme | None:
+    """Which products are not simply in the engine's type, by rollouts; None = none."""
+    if target.precision not in ("fp16", *FORMATS):
+        return None
+    draft = make_manifest(checkpoint, settings, target.precision, target.backend, NO_PARTS)
+    if target.precision == "fp16":
+        return choose_float32(checkpoint, model, draft)
+    budget, form = BUDGETS[target.precision].simulated, FORMATS[target.precision]
+    return choose_scheme(checkpoint, model, draft, budget, wish=target.wish, form=form)
 
 
 def _export(
@@ -173,7 +229,7 @@ def _export(
     return Part(file.name, sha256_file(file), file.stat().st_size, inputs, outputs)
 
 
-def _is_current(engine: Path, wanted: Manifest) -> bool:
+def _is_current(engine: Path, wanted: Manifest, allow_inaccurate: bool) -> bool:
     """Whether the engine that is there is what would be built.
 
     Raises:
@@ -194,11 +250,24 @@ def _is_current(engine: Path, wanted: Manifest) -> bool:
         for manifest in (found, wanted)
     )
     differing = [key for key in new if old[key] != new[key]]
+    if _int8_wish(found) != _int8_wish(wanted):
+        differing.append("choice of int8 layers")
     if differing:
         raise EngineError(
             f"{engine}: exists and was built with another {', '.join(differing)}; {mend}"
         )
+    if "inaccurate" in found.parity and not allow_inaccurate:
+        raise EngineError(f"{engine}: exists and was built with --allow-inaccurate; {mend}")
     return True
+
+
+def _asked(target: Target) -> dict[str, Any]:
+    """What a manifest's figures say of the wish behind an int8 engine."""
+    return {"int8": {"asked": target.wish.to_json()}} if target.precision == "int8" else {}
+
+
+def _int8_wish(manifest: Manifest) -> Any:
+    return manifest.parity.get("int8", {}).get("asked")
 
 
 def _move_in(scratch: Path, engine: Path, manifest: Manifest) -> None:
@@ -211,6 +280,8 @@ def _move_in(scratch: Path, engine: Path, manifest: Manifest) -> None:
     for file in files:
         (scratch / file).chmod(0o644)
         (scratch / file).replace(engine.parent / file)
+    for report in report_files(engine):
+        (scratch / report.name).replace(report)
     for leftover in old - {engine.parent / file for file in files}:
         leftover.unlink()
     (scratch / manifest_path(engine).name).replace(manifest_path(engine))

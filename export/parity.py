@@ -7,38 +7,42 @@ Per pass, both sides get the very same inputs, so a figure is that part's own er
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
 
 from asd_rt.backends.ort import OrtEngine, open_engine
 from asd_rt.errors import EngineError
-from asd_rt.kv_cache import joined_mask
+from asd_rt.machine import bf16_instructions
 from asd_rt.manifest import Manifest
-from asd_rt.plan import ListedPlan
 from asd_rt.planner import is_large
-from asd_rt.schedule import TRAIN_TIMESTEPS, Schedule
+from asd_rt.schedule import Schedule
 from asd_rt.session import Replay, Session
-from export.metrics import Array, relative_l2
-from export.reference import TorchEngine
-from export.samples import (
-    latent_sizes,
-    rollout_frames,
-    sample_context,
-    sample_latents,
-    sample_noise,
+from export.drift import Drift, build_blocks, longest, measure_drift
+from export.exact_half import as_on_a_card, is_half
+from export.layer_errors import LayerError, measure_layers, worst_layer
+from export.metrics import Array, relative_l2, short
+from export.passes import (
+    PLAN,
+    SAMPLES_SEED,
+    checkpoint_cases,
+    flat,
+    modulations,
+    run_part,
+    worst_error,
 )
+from export.reference import TorchEngine
+from export.samples import latent_sizes, rollout_frames, sample_context, sample_noise
 from train.checkpoint import Checkpoint
-from train.model import Block, KeyValue, WanModel, make_rope
+from train.model import WanModel
 
 log = logging.getLogger(__name__)
-
-PLAN = ListedPlan((4, 2, 1))
-SAMPLES_SEED = 100  # not one of calibration
 
 
 @dataclass(frozen=True)
@@ -57,85 +61,136 @@ BUDGETS = {
     "fp32": Budget(1e-5, 1e-4),
     "fp16": Budget(5e-3, 5e-2),
     "bf16": Budget(3e-2, 1e-1),
-    "int8": Budget(1e-1, 2e-1, simulated=6e-2),
+    "int8": Budget(1e-1, 2e-1, simulated=4e-2),
+    "fp8": Budget(1e-1, 2e-1, simulated=6e-2),
 }
 
 
+@dataclass(frozen=True)
+class Gate:
+    """What the gate found.
+
+    Attributes:
+        figures: for the manifest: worst relative L2 per part and of rollouts, budgets, and "inaccurate" where
+            budgets are missed.
+        drift: of a rollout by the engine's own plan; None where none was asked for.
+        layers: where the error arises; measured where budgets are missed.
+        worst_pass, worst_rollout: largest of those figures; infinite where one is not finite.
+    """
+
+    figures: dict[str, Any]
+    drift: Drift | None
+    layers: tuple[LayerError, ...]
+    worst_pass: float
+    worst_rollout: float
+
+    @property
+    def finite(self) -> bool:
+        """Whether all figures are numbers; an engine for which they are not is of no use."""
+        return bool(np.isfinite([self.worst_pass, self.worst_rollout]).all())
+
+
 def measure(
-    path: Path, manifest: Manifest, checkpoint: Checkpoint, model: WanModel
-) -> dict[str, Any]:
-    """Compare an ONNX engine with torch; raises unless every figure is within its budget.
+    path: Path,
+    manifest: Manifest,
+    checkpoint: Checkpoint,
+    model: WanModel,
+    blocks: int | None = None,
+) -> Gate:
+    """Compare an ONNX engine with torch.
 
     Args:
         path: the engine's denoiser file; its part files lie beside it.
         manifest: of the engine.
         checkpoint: what it was exported from.
         model: `checkpoint.build_model()`.
-
-    Returns:
-        figures for the manifest: worst relative L2 per part, and of the rollout.
-
-    Raises:
-        EngineError: a figure exceeds the budget of the engine's precision; all figures are named.
+        blocks: of the rollout by the engine's own plan; None = as a build has time for.
     """
     budget = BUDGETS[manifest.precision]
     large = is_large(manifest.model)
     if large:  # of any latent size, see export.engine: what is costly is measured at a small one
         manifest = replace(manifest, latent_hw=None)
-    engine = open_engine(path, manifest)
-    try:
+    reference = TorchEngine(checkpoint, manifest, model)
+    drift = None
+    with opened(path, manifest) as engine:
+        device = _device(engine)
         passes = _measure_passes(engine, checkpoint, model)
-        rollout = _measure_rollout(engine, checkpoint, TorchEngine(checkpoint, manifest, model))
-    finally:
-        engine.close()
-    failed = [
-        f"{k} {v:.2e} > {budget.one_pass:.0e}"
-        for k, v in passes.items()
-        if not v <= budget.one_pass
-    ]
-    failed += [
-        f"{k} {v:.2e} > {budget.rollout:.0e}" for k, v in rollout.items() if not v <= budget.rollout
-    ]
-    if failed:
-        raise EngineError(
-            f"{manifest.name}: parity with float32 torch failed (relative L2): {'; '.join(failed)}; "
-            "nothing was written; build with --precision fp32, or look for weights that overflow"
-        )
-    return {
+        rollout = _measure_rollout(engine, checkpoint, reference)
+        if blocks != 0:
+            count = build_blocks(manifest) if blocks is None else longest(manifest, blocks)
+            drift, _ = measure_drift(engine, reference, checkpoint, count)
+    failed = _failures(passes, rollout, budget)
+    layers = measure_layers(path, manifest, checkpoint, model) if failed else []
+    figures = {
         **({"reduced": _ran(manifest)} if large else {}),
         "metric": "relative L2 against float32 torch",
-        "measured_with": engine.device,
+        "measured_with": device,
         "budget": {"pass": budget.one_pass, "rollout": budget.rollout},
-        "pass": {key: float(f"{value:.3g}") for key, value in passes.items()},
-        "rollout": {key: float(f"{value:.3g}") for key, value in rollout.items()},
+        "pass": {key: short(value) for key, value in passes.items()},
+        "rollout": {key: short(value) for key, value in rollout.items()},
+        **({} if drift is None else {"drift": drift.summary()}),
+        **({"inaccurate": [*failed, worst_layer(layers)]} if failed else {}),
     }
+    worst = max(passes.values()), max(rollout.values())
+    return Gate(figures, drift, tuple(layers), *worst)
+
+
+@contextmanager
+def opened(path: Path, manifest: Manifest) -> Iterator[OrtEngine]:
+    """An ONNX engine to be measured, computing as it does where it will run; closed in the end."""
+    with as_on_a_card(path, manifest) as file:
+        engine = open_engine(file, manifest)
+        try:
+            yield engine
+        finally:
+            engine.close()
+
+
+def _device(engine: OrtEngine) -> str:
+    """What an engine is measured with, and in which arithmetic where that is another than it says."""
+    if is_half(engine.manifest):
+        return f"{engine.device}, every result rounded to float16"
+    if engine.manifest.runtime == "openvino" and not bf16_instructions():
+        return f"{engine.device}, in float32 for want of bfloat16 instructions"
+    return engine.device
+
+
+def accept(name: str, gate: Gate, allow_inaccurate: bool) -> None:
+    """Let an engine pass the gate, or refuse it.
+
+    Raises:
+        EngineError: a figure exceeds the budget of the engine's precision, and that is not allowed or not
+            even finite; all figures are named, and the layer where most of the error arises.
+    """
+    missed = "; ".join(gate.figures.get("inaccurate", ()))
+    if not missed:
+        return
+    if gate.finite and allow_inaccurate:
+        log.warning("  inaccurate, as --allow-inaccurate allows: %s", missed)
+        return
+    allowed = ", or take it as it is: --allow-inaccurate" if gate.finite else ""
+    raise EngineError(
+        f"{name}: parity with float32 torch failed (relative L2): {missed}; nothing was written; build with "
+        f"--precision fp32, or look for weights that overflow{allowed}"
+    )
+
+
+def _failures(
+    passes: Mapping[str, float], rollout: Mapping[str, float], budget: Budget
+) -> list[str]:
+    """Figures that miss their budget, in words."""
+    return [
+        f"{key} {value:.2e} > {limit:.0e}"
+        for found, limit in ((passes, budget.one_pass), (rollout, budget.rollout))
+        for key, value in found.items()
+        if not value <= limit
+    ]
 
 
 def _ran(manifest: Manifest) -> dict[str, Any]:
     """What a large network was measured on."""
     sizes = [list(latent_hw) for latent_hw in latent_sizes(manifest)]
     return {"latents": sizes, "rollout_frames": rollout_frames(manifest)}
-
-
-def _run(engine: OrtEngine, part: str, inputs: Mapping[str, Tensor]) -> dict[str, Array]:
-    """All outputs of a part; float inputs are rounded to the dtype that the manifest names."""
-    spec = engine.manifest.parts[part]
-    feeds = {key: tensor.numpy().astype(spec.inputs[key].dtype) for key, tensor in inputs.items()}
-    names = list(spec.outputs)
-    return dict(zip(names, engine.session(part).run(names, feeds), strict=True))
-
-
-def _worst(found: Mapping[str, Array], expected: Mapping[str, Tensor]) -> float:
-    return max(relative_l2(found[key], tensor.numpy()) for key, tensor in expected.items())
-
-
-def _flat(prefix: str, layers: Sequence[KeyValue]) -> dict[str, Tensor]:
-    """Keys and values [tokens, 1, heads, D] as an engine's tensors [1, tokens, dim]."""
-    return {
-        f"{prefix}_{kind}.{i}": t.flatten(2).transpose(0, 1)
-        for i, kv in enumerate(layers)
-        for kind, t in zip("kv", kv, strict=True)
-    }
 
 
 @torch.inference_mode()
@@ -152,114 +207,30 @@ def _measure_passes(engine: OrtEngine, checkpoint: Checkpoint, model: WanModel) 
     for timestep in (0.0, *sorted(set(timesteps))):
         t = torch.full((1,), timestep)
         expected = {"modulation": modulations(model, t)[:, 0, 0]}
-        note("time", _worst(_run(engine, "time", {"timestep": t}), expected))
+        note("time", worst_error(run_part(engine, "time", {"timestep": t}), expected))
+    for case in checkpoint_cases(manifest, checkpoint, model):
+        found = run_part(engine, case.part, case.inputs)
+        note(case.part, worst_error(found, case.expected))
+    context = sample_context(checkpoint, 1, SAMPLES_SEED)
+    found = run_part(engine, "prompt", {"context": context})
+    note("prompt", worst_error(found, flat("prompt", model.embed_prompt(context))))
     for batch in (1, 2):
-        context = sample_context(checkpoint, batch, SAMPLES_SEED)
         if checkpoint.table is not None:
             tokens = torch.randint(len(checkpoint.table), (batch, config.text_len), generator=draw)
-            expected = {"context": checkpoint.table[tokens]}
-            note("text", _worst(_run(engine, "text", {"tokens": tokens}), expected))
-        if batch == 1:
-            prompt = model.embed_prompt(context)
-            found = _run(engine, "prompt", {"context": context})
-            note("prompt", _worst(found, _flat("prompt", prompt)))
+            found = run_part(engine, "text", {"tokens": tokens})
+            note("text", worst_error(found, {"context": checkpoint.table[tokens]}))
         for height, width in latent_sizes(manifest):
-            if batch == 1:
-                clean = sample_latents(
-                    checkpoint, model, manifest, (height, width), PLAN, SAMPLES_SEED
-                )
-                for case in _denoiser_cases(manifest, model, prompt, clean, draw):
-                    note(case.part, _worst(_run(engine, case.part, case.inputs), case.expected))
-            if checkpoint.codec is not None:
-                size = (batch, manifest.cache.block_frames, config.in_dim, height, width)
-                latents = torch.randn(size, generator=draw)
-                frames = checkpoint.codec(latents)
-                note(
-                    "decoder",
-                    _worst(_run(engine, "decoder", {"latents": latents}), {"frames": frames}),
-                )
-                expected = {"latents": checkpoint.codec.encode((frames + 1) / 2)}
-                note("encoder", _worst(_run(engine, "encoder", {"frames": frames}), expected))
-    return worst
-
-
-def modulations(model: WanModel, timesteps: Tensor) -> Tensor:
-    """What an engine's passes are modulated by at timesteps [F]: [6 * layers + 2, F, 1, dim]."""
-    embedding, shared = model.embed_time(timesteps[None])
-    blocks = [cast(Block, block) for block in model.blocks]
-    rows = [row for block in blocks for row in (shared + block.modulation).unbind(dim=2)]
-    rows += (model.head.modulation + embedding.unsqueeze(2)).unbind(dim=2)
-    scales = {i for i in range(len(rows) - 2) if i % 6 in (1, 4)} | {len(rows) - 1}
-    return torch.cat([row + (i in scales) for i, row in enumerate(rows)]).unsqueeze(2)
-
-
-@dataclass(frozen=True)
-class _Case:
-    part: str
-    inputs: dict[str, Tensor]
-    expected: dict[str, Tensor]
-
-
-def _denoiser_cases(
-    manifest: Manifest,
-    model: WanModel,
-    prompt: list[KeyValue],
-    clean: Tensor,
-    draw: torch.Generator,
-) -> Iterator[_Case]:
-    """Passes over empty, half-full and full caches at noisy and clean timesteps, on `clean` latents."""
-    config, block = model.config, manifest.cache.block_frames
-    token_hw = (clean.shape[3] // 2, clean.shape[4] // 2)
-
-    def latents(start: int, times: Tensor) -> Tensor:
-        """Frames from `start` on, as many as `times`, each as noisy as its timestep says."""
-        x = clean[:, torch.arange(start, start + len(times)) % clean.shape[1]]
-        sigma = (times / TRAIN_TIMESTEPS).view(-1, 1, 1, 1)
-        return (1 - sigma) * x + sigma * torch.randn(x.shape, generator=draw)
-
-    def time(frames: int, timestep: float) -> tuple[Tensor, Tensor]:
-        return model.embed_time(torch.full((1, frames), timestep))
-
-    full = rollout_frames(manifest)
-    kv_dtype = getattr(torch, manifest.parts["denoiser"].inputs["past_k.0"].dtype)
-    if manifest.runtime == "openvino":
-        kv_dtype = torch.bfloat16
-    for past_frames in sorted({0, block, (manifest.cache.window_frames or full) - block}):
-        past = None
-        if past_frames:
-            rope = make_rope(config, range(past_frames), token_hw)
-            x = latents(0, torch.zeros(past_frames))
-            _, past = model.denoise(x, time(past_frames, 0.0), prompt, rope)
-        else:
-            empty = torch.zeros((0, 1, config.num_heads, config.head_dim))
-            past = [KeyValue(empty, empty) for _ in range(config.num_layers)]
-        # What the engine gets is rounded to its KV dtype; torch gets the same values.
-        past, given = (
-            [KeyValue(*(t.to(kv_dtype).float() for t in kv)) for kv in kvs]
-            for kvs in (past, prompt)
-        )
-        rope = make_rope(config, range(past_frames, past_frames + block), token_hw)
-        for timestep in (1000.0, 625.0, 0.0):
-            x = latents(past_frames, torch.full((block,), timestep))
-            flow, new = model.denoise(x, time(block, timestep), given, rope, past)
-            rows = modulations(model, torch.tensor([timestep]))[:, 0, 0]
-            inputs = {"latents": x, "modulation": rows}
-            inputs |= {"rope_cos": rope[0], "rope_sin": rope[1]}
-            held = _flat("prompt", given) | _flat("past", past)
-            yield _Case("denoiser", inputs | held, {"flow": flow} | _flat("new", new))
-            if "joined" not in manifest.parts or not timestep:
+            if checkpoint.codec is None:
                 continue
-            both = make_rope(config, range(past_frames, past_frames + 2 * block), token_hw)
-            times = torch.tensor([0.0] * block + [timestep] * block)
-            x = latents(past_frames, times)
-            hidden = range(block if past_frames else 0)
-            mask = torch.from_numpy(
-                joined_mask(block, past_frames, hidden, token_hw[0] * token_hw[1])
-            )
-            flow, new = model.denoise(x, model.embed_time(times[None]), given, both, past, mask)
-            inputs = {"latents": x, "modulation": modulations(model, times), "mask": mask}
-            inputs |= {"rope_cos": both[0], "rope_sin": both[1]}
-            yield _Case("joined", inputs | held, {"flow": flow} | _flat("new", new))
+            size = (batch, manifest.cache.block_frames, config.in_dim, height, width)
+            latents = torch.randn(size, generator=draw)
+            frames = checkpoint.codec(latents)
+            found = run_part(engine, "decoder", {"latents": latents})
+            note("decoder", worst_error(found, {"frames": frames}))
+            found = run_part(engine, "encoder", {"frames": frames})
+            encoded = checkpoint.codec.encode((frames + 1) / 2)
+            note("encoder", worst_error(found, {"latents": encoded}))
+    return worst
 
 
 def _measure_rollout(
@@ -283,3 +254,9 @@ def _measure_rollout(
             cache = max(relative_l2(found.cache[k], expected.cache[k]) for k in expected.cache)
             worst["cache"] = max(worst["cache"], cache)
     return worst
+
+
+if __name__ == "__main__":
+    from export.parity_command import main
+
+    sys.exit(main())

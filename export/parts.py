@@ -26,7 +26,12 @@ KV_TYPES = {
     "int8": torch.float32,
 }
 # TensorRT computes in what the graph says.
-PLAN_TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.float16}
+PLAN_TYPES = {
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+    "int8": torch.float16,
+    "fp8": torch.float16,
+}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -88,7 +93,7 @@ def engine_parts(
         precision: one of KV_TYPES, or of PLAN_TYPES for a plan.
         latent_hw: the one latent size of the engine, None = any.
         lowering: one of LOWERINGS.
-        scheme: of an int8 engine.
+        scheme: which products are computed in another way.
 
     Raises:
         ConfigError: another precision.
@@ -115,13 +120,15 @@ def engine_parts(
 
     made = {"flow": flow} | layers("new", tokens)
     denoiser = DenoiserPart(model, kv, lowering, scheme)
+    # Where every byte of a small network's file counts; elsewhere a runtime has its own way with weights.
+    small = precision == "int8" and lowering is LOWERINGS["onnxruntime"]
     parts = {
         "denoiser": PartModule(denoiser, inputs((rows, c.dim)), made),
         "time": PartModule(
             TimePart(model), {"timestep": (f32, (1,))}, {"modulation": (f32, (rows, c.dim))}
         ),
         "prompt": PartModule(
-            PromptPart(model, kv),
+            PromptPart(model, kv, int8=small),
             {"context": (f32, (1, c.text_len, c.text_dim))},
             layers("prompt", c.text_len),
         ),
@@ -145,6 +152,17 @@ def engine_parts(
         parts["encoder"] = PartModule(
             EncoderPart(checkpoint.codec), {"frames": frames}, {"latents": latents}
         )
-    for part in parts.values():
+    for name, part in parts.items():
         part.module.eval().requires_grad_(False)
+        if small and name in ("denoiser", "joined", "prompt", "time"):
+            _round_matrices(part.module)
     return parts
+
+
+def _round_matrices(module: nn.Module) -> None:
+    """Round the matrices that int8 leaves alone to float16, in which they can then be stored."""
+    for parameter in module.parameters():
+        if parameter.ndim == 2 and parameter.dtype == torch.float32:
+            rounded = parameter.data.half().float()
+            if bool(rounded.isfinite().all()):
+                parameter.data = rounded

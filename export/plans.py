@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from asd_rt.config import ModelConfig
-from asd_rt.errors import EngineError
+from asd_rt.errors import ConfigError, EngineError
 from asd_rt.manifest import Part, sha256_file
 from export.settings import Settings
 from export.tensorrt import Plan, Range, build_plan, import_tensorrt, profile_ranges
@@ -18,6 +18,7 @@ log = logging.getLogger(__name__)
 
 BUILD_LOG = "build_log"  # part of the manifest
 HEAD_CHANNELS = 256  # that a fused attention takes
+FP8_FROM = 89  # compute capability, times 10
 
 
 def plan_obstacle(settings: Settings, precision: str, model: ModelConfig) -> str | None:
@@ -34,6 +35,20 @@ def plan_obstacle(settings: Settings, precision: str, model: ModelConfig) -> str
             f"{model.head_dim}; use --target onnx"
         )
     return None
+
+
+def check_fp8(gpus: Sequence[str]) -> None:
+    """Refuse cards that have no products of fp8.
+
+    Raises:
+        ConfigError: with their names.
+    """
+    without = [gpu for gpu in gpus if int(gpu.removeprefix("sm")) < FP8_FROM]
+    if without:
+        raise ConfigError(
+            f"--precision fp8: {', '.join(without)} cannot compute in fp8, only cards from sm{FP8_FROM} on; "
+            "leave out with --gpu sm89,sm120, or use --precision int8"
+        )
 
 
 def compile_plans(

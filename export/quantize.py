@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from difflib import get_close_matches
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.onnx import ops
+
+from asd_rt.errors import ConfigError
 
 LEVELS = 127
 # What a block multiplies by weights: name in an engine -> linear layers of `train.model.Block`, side by side.
@@ -24,61 +27,162 @@ LAYERS = {
     "ffn.up": ("ffn.0",),
     "ffn.down": ("ffn.2",),
 }
-Scales = Mapping[str, float]  # input scale of each int8 layer of a block
+# Layers whose input comes straight from a norm with scale and shift: both can be divided, channel by channel,
+# for nothing, and the weights multiplied, so that no channel drowns the others (SmoothQuant).
+SMOOTHED = ("self_attn.qkv", "cross_attn.q", "ffn.up")
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """A type of 8 bits, and the largest number that it is used for."""
+
+    name: str
+    largest: int
+    dtype: torch.dtype
+
+    def round(self, x: Tensor) -> Tensor:
+        """x, float32, in this type; what is larger than the largest becomes that."""
+        y = x if self.dtype.is_floating_point else torch.round(x)
+        return torch.clamp(y, -self.largest, self.largest).to(self.dtype)
+
+
+INT8 = Format("int8", LEVELS, torch.int8)
+FP8 = Format("fp8", 448, torch.float8_e4m3fn)  # E4M3, on cards from sm89 on
+FORMATS = {form.name: form for form in (INT8, FP8)}
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What is asked of an int8 engine by hand.
+
+    Attributes:
+        keep: layers that stay in floating point, "blocks.3.ffn.up".
+        activations: "float" for int8 weights alone.
+    """
+
+    keep: tuple[str, ...] = ()
+    activations: Literal["int8", "float"] = "int8"
+
+    def to_json(self) -> dict[str, Any]:
+        """What a manifest says of it."""
+        return {"keep": list(self.keep), "activations": self.activations}
+
+
+NO_WISH = Wish()
+
+
+def layer_names(num_layers: int) -> list[str]:
+    """Names of all layers that can be int8, in the order in which they run."""
+    return [f"blocks.{i}.{name}" for i in range(num_layers) for name in LAYERS]
+
+
+def check_wish(wish: Wish, num_layers: int) -> None:
+    """Refuse layers that the network does not have.
+
+    Raises:
+        ConfigError: with the names nearest to the first unknown one.
+    """
+    known = layer_names(num_layers)
+    for name in wish.keep:
+        if name not in known:
+            near = get_close_matches(name, known, n=3, cutoff=0.0)
+            raise ConfigError(
+                f"--int8-keep {name}: no such layer among {len(known)}; nearest: {', '.join(near)}"
+            )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Choice:
+    """How one product is computed.
+
+    Attributes:
+        int8: its weights are stored as int8.
+        input_scale: of its input as int8; None = the input stays as it is.
+        divisor: float32 [in], what its input comes divided by; the weights are multiplied by it.
+        wide: in float32, whatever the engine's type is.
+        form: of its 8 bits; "int8" stands for it.
+    """
+
+    int8: bool = False
+    input_scale: float | None = None
+    divisor: Tensor | None = None
+    wide: bool = False
+    form: Format = INT8
+
+
+PLAIN = Choice()
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """Which products of a network are int8.
+    """How the products in the blocks of a network are computed; in the engine's type where it says nothing.
 
     Attributes:
-        input_scales: scale of the input of each int8 layer, "blocks.3.ffn.up".
+        input_scales: scale of the input of each layer whose product is one of int8, "blocks.3.ffn.up".
         kept: layers that stay in the engine's floating-point type, worst first.
+        figures: more for the manifest.
+        weight_only: layers with int8 weights and inputs in floating point, worst first.
+        divisors: float32 [in] of smoothed layers, see `Choice`.
+        wide: layers in float32, worst first.
+        form: of 8 bits; "int8" stands for it.
     """
 
-    input_scales: Mapping[str, float]
+    input_scales: Mapping[str, float] = field(default_factory=dict)
     kept: tuple[str, ...] = ()
     figures: Mapping[str, Any] = field(default_factory=dict)
+    weight_only: tuple[str, ...] = ()
+    divisors: Mapping[str, Tensor] = field(default_factory=dict)
+    wide: tuple[str, ...] = ()
+    form: Format = INT8
 
     def to_json(self) -> dict[str, Any]:
         """What a manifest says of it."""
-        return {"int8_layers": len(self.input_scales), "kept": list(self.kept), **self.figures}
-
-    def of_block(self, index: int) -> dict[str, float]:
-        """Scales of block `index`, by the names in LAYERS."""
-        prefix = f"blocks.{index}."
+        if not (self.input_scales or self.weight_only or self.kept):
+            return dict(self.figures)
         return {
-            name.removeprefix(prefix): scale
-            for name, scale in self.input_scales.items()
-            if name.startswith(prefix)
+            f"{self.form.name}_layers": len(self.input_scales),
+            "weight_only": list(self.weight_only),
+            "kept": list(self.kept),
+            "smoothed": list(self.divisors),
+            **self.figures,
         }
 
+    def of_block(self, index: int) -> dict[str, Choice]:
+        """Choices for block `index`, by the names in LAYERS."""
+        return {name: self.of(f"blocks.{index}.{name}") for name in LAYERS}
 
-def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """[in, out] -> (int8 [in, out], scales float32 [out]); a channel of zeros has scale 1."""
-    scale = weight.detach().float().abs().amax(dim=0) / LEVELS
+    def of(self, name: str) -> Choice:
+        """Choice for layer `name`."""
+        scale = self.input_scales.get(name)
+        int8 = scale is not None or name in self.weight_only
+        return Choice(int8, scale, self.divisors.get(name), name in self.wide, self.form)
+
+
+def quantize_weight(weight: Tensor, form: Format = INT8) -> tuple[Tensor, Tensor]:
+    """[in, out] -> (`form` [in, out], scales float32 [out]); a channel of zeros has scale 1."""
+    scale = weight.detach().float().abs().amax(dim=0) / form.largest
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-    return torch.round(weight.detach().float() / scale).to(torch.int8), scale
+    return form.round(weight.detach().float() / scale), scale
 
 
-def fake_quantize(x: Tensor, scale: float) -> Tensor:
-    """x as it is after int8: rounded to multiples of `scale`, clipped to 127 of them."""
-    return torch.clamp(torch.round(x / scale), -LEVELS, LEVELS) * scale
+def fake_quantize(x: Tensor, scale: float | Tensor, form: Format = INT8) -> Tensor:
+    """x as it is after `form`: multiples of `scale` that it holds, clipped to its largest."""
+    return form.round(x / scale).to(x.dtype) * scale
 
 
 class Quantized(nn.Module):
-    """A weight [in, out] stored as int8."""
+    """A weight [in, out] stored in 8 bits."""
 
     values: Tensor
     scale: Tensor
     zero: Tensor
 
-    def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
+    def __init__(self, weight: Tensor, dtype: torch.dtype, form: Format = INT8) -> None:
         super().__init__()
-        values, scale = quantize_weight(weight)
+        values, scale = quantize_weight(weight, form)
         self.register_buffer("values", values)
         self.register_buffer("scale", scale.to(dtype))
-        self.register_buffer("zero", torch.zeros(len(scale), dtype=torch.int8))
+        self.register_buffer("zero", torch.zeros(len(scale)).to(form.dtype))
 
     def forward(self) -> Tensor:
         """The weight, in floating point."""
@@ -89,20 +193,20 @@ class Quantized(nn.Module):
 
 
 class QuantizedInput(nn.Module):
-    """An input as it is after int8."""
+    """An input as it is after 8 bits."""
 
     scale: Tensor
     zero: Tensor
 
-    def __init__(self, scale: float, dtype: torch.dtype) -> None:
+    def __init__(self, scale: float, dtype: torch.dtype, form: Format = INT8) -> None:
         super().__init__()
         self.register_buffer("scale", torch.tensor(scale, dtype=dtype))
-        self.register_buffer("zero", torch.zeros((), dtype=torch.int8))
+        self.register_buffer("zero", torch.zeros(()).to(form.dtype))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x through int8 and back."""
+        """x through 8 bits and back."""
         q = ops.symbolic(
-            "QuantizeLinear", (x, self.scale, self.zero), dtype=torch.int8, shape=x.shape
+            "QuantizeLinear", (x, self.scale, self.zero), dtype=self.zero.dtype, shape=x.shape
         )
         return ops.symbolic(
             "DequantizeLinear", (q, self.scale, self.zero), dtype=self.scale.dtype, shape=x.shape

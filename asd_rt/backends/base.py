@@ -14,7 +14,7 @@ from asd_rt.engines import DEVICES, has_nvidia_driver
 from asd_rt.errors import BackendError, ConfigError
 from asd_rt.fitting import MIN_LATENT, check_fits
 from asd_rt.kv_cache import Move
-from asd_rt.manifest import Manifest, late_parts, read_manifest, verify
+from asd_rt.manifest import Manifest, accuracy_warning, late_parts, read_manifest, verify
 
 FloatArray = NDArray[np.float32]
 _log = logging.getLogger(__name__)
@@ -167,6 +167,9 @@ def open_backend(path: str | Path, threads: int | None = None, device: str = DEV
     # The least that it will ever need; what a video needs is checked when one is asked for.
     check_fits(engine, manifest, 1, manifest.latent_hw or (MIN_LATENT, MIN_LATENT))
     verify(engine, manifest, skip=late_parts(manifest))
+    warning = accuracy_warning(engine, manifest)
+    if warning:
+        _log.warning("%s", warning)
     on_cpu = manifest.backend == "onnx" and device != "cuda"
     if on_cpu and device == "auto" and has_nvidia_driver() and manifest.runtime != "openvino":
         from asd_rt.backends import ort_cuda

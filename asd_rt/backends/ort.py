@@ -199,6 +199,8 @@ class OrtEngine:
         options.log_severity_level = 4  # what goes wrong is raised, and said once
         options.intra_op_num_threads = self.threads
         options.inter_op_num_threads = 1
+        # Without VNNI, sums of two int8 products saturate in int16; this takes slower, exact ones there.
+        options.add_session_config_entry("session.x64quantprecision", "1")
         if (
             part in CODEC_GRAPHS
         ):  # else new caches are cut last, and all that they are cut from waits for it

@@ -18,7 +18,7 @@ from asd_rt.engines import (
     list_engines,
 )
 from asd_rt.errors import AsdError
-from asd_rt.manifest import read_manifest, verify
+from asd_rt.manifest import accuracy_warning, read_manifest, verify
 
 HELP = "say what this machine can run, and how to mend what it cannot"
 EXAMPLES = """examples:
@@ -162,6 +162,9 @@ def _engines(problem: Any) -> list[dict[str, Any]]:
             manifest = read_manifest(path)
             entry |= {"backend": manifest.backend, "precision": manifest.precision}
             verify(path, manifest)
+            warning = accuracy_warning(path, manifest)
+            if warning:
+                problem(warning, f"{BUILD} --force")
         except AsdError as error:
             entry["ok"] = False
             problem(str(error), f"{BUILD} --force")

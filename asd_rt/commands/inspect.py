@@ -10,7 +10,7 @@ from asd_rt.arguments import default_frames
 from asd_rt.bench import cache_bytes
 from asd_rt.commands.common import Outcome, Problems, add_json, size_text, table
 from asd_rt.errors import EngineError
-from asd_rt.manifest import Manifest, check_part, read_manifest
+from asd_rt.manifest import Manifest, accuracy_warning, check_part, read_manifest
 from asd_rt.memory_report import memory_report, memory_text
 from asd_rt.planner import USUAL_LATENT_HW, video_of
 
@@ -56,6 +56,7 @@ def execute(args: argparse.Namespace) -> Outcome:
         "manifest": manifest.to_json(),
         "files_ok": not damaged,
         "problems": {name: line for name, line in problems.items() if line},
+        "inaccurate": accuracy_warning(path, manifest),
         "bytes": sum(part.bytes for part in manifest.parts.values()),
         "cache": {
             "frames": frames,
@@ -106,6 +107,7 @@ def _text(document: dict[str, Any], manifest: Manifest, problems: dict[str, str 
     )
     rows = [
         ("engine", f"{document['engine']} ({size_text(document['bytes'])})"),
+        *([("warning", document["inaccurate"])] if document["inaccurate"] else []),
         ("backend", " ".join([manifest.backend, manifest.precision, *manifest.gpus])),
         (
             "model",

@@ -144,7 +144,7 @@ class LiveVideo:
             "missed": missed,
             "fps": self._fps,
         }
-        self._show(Piece(self._number, self._prompt_id, frames, header))
+        self._show(Piece(self._number, self._prompt_id, frames, header, monotonic()))
         self._metrics.block_seconds.labels("live").observe(block.block_ms / 1e3)
         if missed:
             self._metrics.missed.inc()

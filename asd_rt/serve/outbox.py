@@ -28,12 +28,14 @@ class Piece:
         prompt_id: of the prompt that it shows.
         frames: uint8 [frames, rows, columns, 3].
         header: what else the client is told.
+        made_at: when it was made, in seconds of the monotonic clock.
     """
 
     number: int
     prompt_id: int
     frames: NDArray[np.uint8]
     header: dict[str, Any]
+    made_at: float
 
 
 class Outbox:

@@ -6,6 +6,7 @@ import asyncio
 import socket
 from typing import Any
 
+import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -30,14 +31,20 @@ class PunctualProtocol(H11Protocol):
         self._alarm = self.loop.call_later(self.start_s, self._check)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        if self._alarm is not None:
-            self._alarm.cancel()
+        self._disarm()
         super().connection_lost(exc)
 
+    def handle_websocket_upgrade(self, event: h11.Request) -> None:
+        self._disarm()  # another protocol takes over, and nothing may keep this one
+        super().handle_websocket_upgrade(event)
+
+    def _disarm(self) -> None:
+        if self._alarm is not None:
+            self._alarm.cancel()
+
     def _check(self) -> None:
-        # Another protocol has taken over where a WebSocket was asked for.
         cycle: object | None = self.cycle
-        if cycle is None and self.transport.get_protocol() is self:
+        if cycle is None:
             self.transport.abort()
 
 

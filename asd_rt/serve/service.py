@@ -45,6 +45,7 @@ class Service:
         self.uploads = Uploads(manifest, self.frame_hw, limits)
         self.reader = Reader(limits.prompt_chars, limits.clip_frames)
         self.sockets = PerClient(limits.client_sockets)
+        self.all_sockets = PerClient(limits.connections)  # uvicorn counts no WebSockets
         self.watchers = PerClient(limits.client_sessions)
         self.readiness = Readiness()
         # One thread: a text encoder is opened and released by it alone.

@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 from contextlib import ExitStack
+from time import monotonic
 from typing import Any
 
 from starlette.websockets import WebSocket, WebSocketDisconnect
@@ -38,10 +39,15 @@ async def watch(socket: WebSocket) -> None:
     client = socket.client.host if socket.client else ""
     offered = socket.scope.get("subprotocols", ())
     await socket.accept(SUBPROTOCOL if SUBPROTOCOL in offered else None)
-    with service.sockets.hold(client) as admitted, service.metrics.sockets.track_inprogress():
-        if not admitted:
+    with (
+        service.sockets.hold(client) as of_client,
+        service.all_sockets.hold("") as of_all,
+        service.metrics.sockets.track_inprogress(),
+    ):
+        if not (of_client and of_all):
             service.metrics.refused.labels("sockets").inc()
-            await _close(socket, FULL, "too many connections from your address; close some")
+            whose = "from your address; close some" if of_all else "in all; try again in a minute"
+            await _close(socket, FULL, f"too many connections {whose}")
             return
         watcher = Watcher(socket, service, client)
         try:
@@ -131,7 +137,11 @@ class Watcher:
             if isinstance(found, Piece):
                 jpegs = self._service.jpegs
                 images = await self._loop.run_in_executor(jpegs, to_jpeg, found.frames)
-                header = found.header | {"dropped": self._outbox.dropped}
+                header = found.header | {
+                    "dropped": self._outbox.dropped,
+                    "on_their_way": self._outbox.on_their_way,
+                    "age_ms": round((monotonic() - found.made_at) * 1e3, 3),
+                }
                 await self._socket.send_bytes(pack_block(header, images))
                 self._service.metrics.sent.inc(len(images))
                 continue

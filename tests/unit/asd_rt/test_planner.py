@@ -85,7 +85,7 @@ def test_more_of_anything_never_needs_less(video: Video, what: str, by: int) -> 
 def test_cache_is_counted_exactly(video: Video, what: str, by: int) -> None:
     plan = plan_memory(video)
     assert plan.total == sum(plan.to_json().values()) == plan.needed + plan.mapped
-    half = video.precision == "fp16" or video.on_openvino
+    half = video.precision == "fp16" or video.on_openvino or video.backend != "onnx"
     video = grown(video, what, by) if what != "window" else video
     tokens = video.capacity_frames * video.latent_hw[0] * video.latent_hw[1] // 4
     values = 2 * video.batch * video.model.num_layers * tokens * video.model.dim
@@ -210,3 +210,17 @@ def test_report_has_a_column_for_every_precision(monkeypatch) -> None:
     lines = memory_text(report).splitlines()
     assert "21 frames of 60x104 latents" in lines[0]
     assert lines[1].split() == ["fp32", "bf16*", "int8", "fp16"]
+
+
+def test_a_report_is_of_what_was_built() -> None:
+    """An int8 plan is a card's, though an int8 engine is usually a CPU's."""
+    model = ModelConfig(
+        dim=16, ffn_dim=16, freq_dim=16, text_dim=16, text_len=4, in_dim=4, out_dim=4,
+        num_heads=2, num_layers=1,
+    )  # fmt: skip
+    video = Video(model, CacheConfig(3), "int8", (4, 4), 3, "tensorrt_rtx")
+    plans = memory_report(video)["plans"]
+    assert plans["int8"]["fits"] is None
+    assert plans["fp32"]["fits"] is not None
+    on_cpu = memory_report(replace(video, backend="onnx"))["plans"]["int8"]
+    assert on_cpu["fits"] is not None and plans["int8"]["cache"] < on_cpu["cache"]

@@ -60,8 +60,9 @@ def test_engine_verifies_and_says_what_the_checkpoint_said(built: Path) -> None:
     assert set(manifest.step_lists) == {"1", "2", "3", "4"}
     assert manifest.parity["pass"].keys() == manifest.parts.keys() - {"weights"}
     assert max(manifest.parity["pass"].values()) <= 1e-5
+    reports = [f"asd_fp32.onnx.parity.{kind}" for kind in ("json", "md")]
     assert sorted(p.name for p in built.iterdir()) == sorted(
-        ["asd_fp32.onnx.json", *(part.file for part in manifest.parts.values())]
+        ["asd_fp32.onnx.json", *reports, *(part.file for part in manifest.parts.values())]
     )
 
 
@@ -155,6 +156,8 @@ def test_missed_parity_leaves_nothing(
     assert "parity" in error
     assert "denoiser" in error
     assert "> 1e-12" in error
+    assert "most arises in blocks.0." in error
+    assert "--allow-inaccurate" in error
     assert list(tmp_path.iterdir()) == []
 
 

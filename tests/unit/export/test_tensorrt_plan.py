@@ -57,7 +57,7 @@ def test_plan_with_manifest(student: Path, tmp_path: Path) -> None:
     assert 0 < manifest.parity["pass"]["denoiser"] < 5e-3
     assert log["gpus"] == list(GPUS) and log["version"] == manifest.tools[log["builder"]]
     part = log["parts"]["denoiser"]
-    assert part["ranges"]["P"] == [0, 32, 32] and part["bytes"] == manifest.parts["denoiser"].bytes
+    assert part["ranges"]["P"] == [0, 8, 8] and part["bytes"] == manifest.parts["denoiser"].bytes
     assert part["fused_attentions"] == 2 and part["eight_bit_products"] == 0
     assert any(n.startswith("blocks.0.up/") for y in part["layers"] for n in y["origin"])
     assert set(log["parts"]) == {"denoiser", "time", "prompt", "text", "decoder", "encoder"}
@@ -78,6 +78,7 @@ def test_int8_plan(student: Path, tmp_path: Path) -> None:
     ("words", "told"),
     [
         (("--gpu", "sm42"), "sm42"),
+        (("--precision", "fp8", "--gpu", "sm86,sm89"), "sm86 cannot compute in fp8"),
         (("--precision", "fp32"), "use --precision fp16"),
         (("--window-frames", "0", "--sink-frames", "0"), "--window-frames or --max-frames"),
     ],
@@ -95,6 +96,25 @@ def test_wishes_that_cannot_be_met(
     (error,) = [line for line in lines if line.startswith("error:")]  # warnings stand before it
     assert told in error
     assert list(tmp_path.iterdir()) == []
+
+
+def test_bf16_plan(student: Path, tmp_path: Path) -> None:
+    manifest, log = build(student, tmp_path, "bf16")
+    assert manifest.parts["denoiser"].inputs["past_k.0"].dtype == "bfloat16"
+    assert "rounded to bfloat16" in manifest.parity["measured_with"]
+    # Eight bits of mantissa: were nothing rounded, this would be as good as float32.
+    assert 5e-4 < manifest.parity["pass"]["denoiser"] < 3e-2
+    assert manifest.parity["pass"]["time"] < 1e-5  # float32 in every engine
+    assert log["parts"]["denoiser"]["fused_attentions"] == 2
+
+
+def test_fp8_plan(student: Path, tmp_path: Path) -> None:
+    manifest, log = build(student, tmp_path, "fp8")
+    assert 0 < manifest.parity["pass"]["denoiser"] < 1e-1
+    assert "fp8_layers" in manifest.parity["fp8"]
+    part = log["parts"]["denoiser"]
+    assert part["eight_bit_products"] == manifest.parity["fp8"]["fp8_layers"] > 0
+    assert any("FP8" in layer["precision"]["constants"] for layer in part["layers"])
 
 
 WAN_TWO_BLOCKS = ModelConfig(

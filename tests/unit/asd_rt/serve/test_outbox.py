@@ -12,7 +12,7 @@ from asd_rt.serve.outbox import MAX_SENT, Outbox, Piece
 
 
 def piece(number: int, frames: int = 3) -> Piece:
-    return Piece(number, 0, np.zeros((frames, 2, 2, 3), np.uint8), {})
+    return Piece(number, 0, np.zeros((frames, 2, 2, 3), np.uint8), {}, 0.0)
 
 
 async def sent(box: Outbox) -> list[int]:
