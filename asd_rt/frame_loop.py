@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from asd_rt.costs import Kind
-from asd_rt.deadline import BlockReport
+from asd_rt.deadline import BlockReport, DeadlinePlan
 from asd_rt.errors import ConfigError
 from asd_rt.kv_cache import FrameSlots
 from asd_rt.noise import NoiseAhead
@@ -128,6 +128,7 @@ class FrameLoop:
         self._before = 0  # frames before the first one that `slots` counts
         self._clean = CleanBlocks(cache.block_frames)
         self._stale = False  # the first of them shows another prompt than the present one
+        self._anew = False  # the next block begins a new video
         self._switches: deque[Switch] = deque()  # a queue, because another thread may fill it
         batch, frames, *rest = request.shape
         size = cache.block_frames
@@ -176,7 +177,7 @@ class FrameLoop:
                 past = slots.past_frames + size - len(slots.leaving_slots())
             number = index - self._first
             request.plan.begin(number, past, due is not None)
-            latents, pass_ms = self._denoise(index, request.plan.steps_of(number), due)
+            latents, pass_ms = self._denoise(index, self._steps_of(number), due)
             block = Block(
                 index=index,
                 first_frame=self._before + slots.committed_frames,
@@ -192,6 +193,12 @@ class FrameLoop:
             due, index = block, index + 1
         if due is not None and request.commit_last:
             self._commit_block(due)
+
+    def _steps_of(self, number: int) -> int:
+        """Steps of a block; the first of a new video has as many as any first one, or what fits."""
+        plan, anew = self._request.plan, self._anew
+        self._anew = False
+        return plan.steps_of(0 if anew and not isinstance(plan, DeadlinePlan) else number)
 
     def _turn(self, number: int, due: Block | None) -> tuple[Block | None, float | None]:
         """What comes between two blocks: a cache pass of its own, a new prompt, a refresh.
@@ -232,7 +239,7 @@ class FrameLoop:
     def _refresh(self) -> None:
         """Start the cache over with the first block, or with nothing where that shows another prompt."""
         kept = [] if self._stale else [self._clean[0]]
-        self._stale = False
+        self._stale, self._anew = False, not kept
         shown = self._before + self.slots.committed_frames
         self.slots = FrameSlots(self._cache, self._request.shape[1])
         self._clean = CleanBlocks(self._cache.block_frames)

@@ -143,13 +143,15 @@ def test_a_refresh_goes_on_from_the_first_block_under_the_same_prompt(network) -
 def test_behind_a_new_prompt_a_refresh_begins_a_new_video_and_the_next_keeps_its_first_block(
     network,
 ) -> None:
-    video, blocks = loop(network, 12, plan=FixedPlan(1, 1), refresh_every=2), []
+    video, blocks = loop(network, 12, plan=FixedPlan(1, 3), refresh_every=2), []
     for block in video:
         blocks.append(block)
         if len(blocks) == 1:
             video.switch_prompt(NEW)
+    assert [b.steps for b in blocks] == [3, 1, 3, 1, 1, 1]
     third = gaussian((1, 2, 2, 4, 2), 0, 2, 0)
-    (new,) = loop(network, 2, context=NEW, plan=FixedPlan(1, 1), noise=third)
+    renoise = {(0, i): gaussian(third.shape, 0, 2, i + 1) for i in (0, 1)}
+    (new,) = loop(network, 2, context=NEW, plan=FixedPlan(1, 3), noise=third, renoise=renoise)
     np.testing.assert_array_equal(blocks[2].latents, new.latents)
     expected = first_after(network, blocks[2].latents, block=4, context=NEW)
     np.testing.assert_array_equal(blocks[4].latents, expected)
