@@ -59,8 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--refresh-every",
         metavar="N",
-        help="the cache of a live video starts over from its first block every N blocks, against drift "
-        "(default: never)",
+        help="a live video starts over from its first block every N blocks, against drift (default: never)",
     )
     parser.add_argument(
         "--allow-origin",
@@ -103,8 +102,8 @@ def execute(args: argparse.Namespace) -> Outcome:
     found = find_engine(problems, args.engine)
     if found:
         with problems.collect():
-            plan = replace(plan_pool(*found, sessions, size), refresh_every=refresh_every or 0)
-            check_refresh(plan.refresh_every, found[1].cache)
+            every = check_refresh(refresh_every or 0, found[1].cache)
+            plan = replace(plan_pool(*found, sessions, size), refresh_every=every)
     problems.raise_any()
     path = found[0]  # type: ignore[index]
     limits = Limits(

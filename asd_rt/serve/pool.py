@@ -123,24 +123,40 @@ class Pool:
     def warm_up(self, context: FloatArray) -> None:
         """Play a little in every place, so that caches are allocated and sizes of passes known.
 
-        The first learns what passes cost here. Large networks play one block a place.
+        The first learns what passes cost here. Large networks play one block a place; others also meet what a
+        new prompt does, before every block.
         """
         manifest = self.base.manifest
         cache = manifest.cache
         window = (cache.window_frames or cache.block_frames) // cache.block_frames
         blocks = 1 if is_large(manifest.model) else window + 2
         for i, session in enumerate((*self._free, self.clips)):
-            stream = session.generate_from(
-                context,
-                frames=self.plan.live_frames,
-                latent_hw=self.plan.latent_hw,
-                deadline_ms=None if i else LEARNING_MS,
-                refresh_every=self.plan.refresh_every,
-            )
-            for _ in zip(range(blocks), stream, strict=False):
-                pass
-            stream.close()
+            self._play(session, context, blocks, None if i else LEARNING_MS)
+            if blocks > 1:
+                for recache in (False, True):
+                    self._play(session, context, blocks, None, recache)
         _log.info("%d places of %d bytes", self.plan.sessions, self.plan.place_bytes)
+
+    def _play(
+        self,
+        session: Session,
+        context: FloatArray,
+        blocks: int,
+        deadline_ms: float | None,
+        recache: bool | None = None,
+    ) -> None:
+        """The first blocks of a video, with a new prompt before each where `recache` is not None."""
+        stream = session.generate_from(
+            context,
+            frames=self.plan.live_frames,
+            latent_hw=self.plan.latent_hw,
+            deadline_ms=deadline_ms,
+            refresh_every=self.plan.refresh_every,
+        )
+        for _ in zip(range(blocks), stream, strict=False):
+            if recache is not None:
+                stream.switch_prompt(context, recache)
+        stream.close()
 
     def close(self) -> None:
         """Release all places."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -58,6 +59,9 @@ class Service:
         import numpy as np
 
         self.pool.warm_up(np.zeros((1, 1, model.text_dim), np.float32))
+        # What is there now stays. Python then looks through less, so garbage goes sooner and takes no time.
+        gc.collect()
+        gc.freeze()
         self.worker.add(self.clips)
         self.worker.start()
         self.readiness.warm = True
