@@ -65,7 +65,11 @@ def test_blocks_cover_the_frames_and_no_more(frames, block) -> None:
     assert (blocks - 1) * block < frames <= blocks * block
 
 
-@pytest.mark.parametrize("frames", [0, -3, 1.0, "8", True, None])
+def test_no_frames_mean_an_endless_video() -> None:
+    assert count_blocks(0, 3) == 0
+
+
+@pytest.mark.parametrize("frames", [-3, 1.0, "8", True, None])
 def test_impossible_frames(frames) -> None:
     with pytest.raises(ConfigError, match="frames must be"):
         count_blocks(frames, 3)
