@@ -272,7 +272,7 @@ def test_an_engine_with_an_outlier_channel_names_the_layer_and_holds_its_budget(
 
 def test_a_file_of_int8_is_a_third_of_one_of_float32(tmp_path: Path) -> None:
     config = ModelConfig(dim=96, ffn_dim=384, freq_dim=16, text_dim=8, text_len=4, in_dim=4,
-                         out_dim=4, num_heads=2, num_layers=2)  # fmt: skip
+                         out_dim=4, num_heads=2, num_layers=4)  # fmt: skip
     torch.manual_seed(0)
     model = WanModel(config)  # of weights that float16 does not hold
     torch.nn.init.normal_(model.head.head.weight, std=0.1)
