@@ -127,9 +127,29 @@ def export_part(
         raise EngineError(f"{name}: torch.onnx.export returned nothing")
     halved = {} if weights is None else _move_weights(program.model.graph, weights, rounded)
     model = program.model_proto
+    _part_zero_points(model.graph)
     if origins:
         _name_origins(model.graph)
     return _clean(model, name, part, halved)
+
+
+def _part_zero_points(graph: onnx.GraphProto) -> None:
+    """Give every quantised weight a zero point of its own; the exporter lets equal ones be one.
+
+    Where a processor's products of signed bytes saturate, ONNX Runtime makes weights unsigned and moves
+    their zero points, which it cannot do twice with one.
+    """
+    tensors = {tensor.name: tensor for tensor in graph.initializer}
+    taken: set[str] = set()
+    for node in graph.node:
+        if node.op_type != "DequantizeLinear" or node.input[0] not in tensors:
+            continue
+        zero = node.input[2]
+        if zero in taken:
+            own = graph.initializer.add()
+            own.CopyFrom(tensors[zero])
+            own.name = node.input[2] = f"{node.input[0]}.zero"
+        taken.add(zero)
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from asd_rt.manifest import Manifest, TensorSpec, read_manifest, verify
 from export.build import main
 from export.lowering import LOWERINGS
 from export.onnx import export_part, serialize, tensor_specs
+from export.parity_report import report_files
 from export.parts import engine_parts
 from export.quantize import LAYERS, Scheme
 from export.tensorrt import Plan, build_plan, check_gpus, import_tensorrt, profile_ranges
@@ -47,7 +48,9 @@ def build(student: Path, folder: Path, precision: str) -> tuple[Manifest, dict[s
     log = manifest.parts["build_log"].file
     plans = [part.file for name, part in manifest.parts.items() if name != "build_log"]
     assert all(file.endswith(".plan") for file in plans) and len(plans) == 6
-    assert sorted([*plans, log, f"{path.name}.json"]) == sorted(p.name for p in folder.iterdir())
+    reports = [file.name for file in report_files(path)]
+    files = [*plans, log, f"{path.name}.json", *reports]
+    assert sorted(files) == sorted(p.name for p in folder.iterdir())
     return manifest, json.loads((folder / log).read_text())
 
 
