@@ -188,7 +188,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--engine", type=Path, help="of the tiny student (default: the best here)")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder, made if absent")
-    parser.add_argument("--judge", type=Path, help="folder of the judge (default: OUT/judge)")
     parser.add_argument("--blocks", type=int, default=2000)
     parser.add_argument("--part", type=int, default=100, help="blocks that one row describes")
     parser.add_argument("--videos", type=int, default=8)
@@ -210,7 +209,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"{args.videos} and {args.part}"
             )
         make_folder(args.out)
-        judge = load_judge(args.judge or args.out / "judge")
+        judge = load_judge()
         with asd_rt.open(args.engine) as session:
             found = measure(session, judge, args)
             report = {

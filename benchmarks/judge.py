@@ -1,30 +1,22 @@
-"""The judge of the tiny world for benchmarks: the recipe's classifier, trained once and kept in a folder.
-
-It is trained on real clips alone, with the configuration and seed of the shipped student's recipe, and takes
-about a minute on two cores.
-"""
+"""The judge of the tiny world for benchmarks: the recipe's classifier, and the shipped student's codec."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from export.build import default_checkpoint
+from export.semantics import trained_judge
 from train.checkpoint import load_checkpoint
-from train.classifier import Classifier, ClassifierStage
+from train.classifier import Classifier
 from train.codec import LinearCodec
-from train.config import load_config
+from train.config import TrainConfig
 from train.evaluate import judge, same_axes
-from train.pipeline import fingerprint
-from train.stage import run_stage
 
-ROOT = Path(__file__).resolve().parent.parent
-RECIPE = ROOT / "train/configs/tiny.toml"
-STUDENT = ROOT / "train/tiny_student"
 NAMES = (
     "digit",
     "colour",
@@ -51,26 +43,9 @@ class Judge:
         return hits
 
 
-def load_judge(folder: Path, steps: int | None = None, seed: int = 0) -> Judge:
-    """The judge kept in `folder`, trained there where it is not.
-
-    Args:
-        folder: of the judge, made if absent.
-        steps: of its training; None = the recipe's. Another number asks for another folder.
-        seed: of its training.
-
-    Raises:
-        ConfigError: the folder holds a judge that was made otherwise.
-    """
-    from dataclasses import replace
-
-    config = load_config(RECIPE)
-    if steps is not None:
-        config = replace(config, classifier=replace(config.classifier, steps=steps))
-    codec = load_checkpoint(STUDENT).codec
+def load_judge(config: TrainConfig | None = None) -> Judge:
+    """The judge, trained when it is first needed: see `export.semantics.trained_judge`."""
+    codec = load_checkpoint(default_checkpoint()).codec
     if codec is None:
-        raise ValueError(f"{STUDENT}: the shipped student has no codec")
-    folder.mkdir(parents=True, exist_ok=True)
-    stage = ClassifierStage(config, seed, codec)
-    run_stage(stage, folder, fingerprint(config, seed, stage.name))
-    return Judge(stage.model.eval().requires_grad_(False), codec)
+        raise ValueError(f"{default_checkpoint()}: the shipped student has no codec")
+    return Judge(trained_judge(codec, config).requires_grad_(False), codec)

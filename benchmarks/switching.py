@@ -187,7 +187,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--engine", type=Path, help="of the tiny student (default: the best here)")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder, made if absent")
-    parser.add_argument("--judge", type=Path, help="folder of the judge (default: OUT/judge)")
     parser.add_argument("--switches", type=int, default=64)
     parser.add_argument("--at", type=int, default=4, help="block before which prompts change")
     parser.add_argument("--after", type=int, default=13, help="blocks watched")
@@ -196,7 +195,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
         make_folder(args.out)
-        judge = load_judge(args.judge or args.out / "judge")
+        judge = load_judge()
         with asd_rt.open(args.engine) as session:
             found = measure(session, judge, args)
             report = {

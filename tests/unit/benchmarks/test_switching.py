@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,40 +11,23 @@ import pytest
 import torch
 
 import asd_rt
-from asd_rt.errors import ConfigError
+import train
 from benchmarks import drift, switching
-from benchmarks.judge import Judge, load_judge
+from benchmarks.judge import load_judge
+from train.config import load_config
 from train.evaluate import same_axes
 
 TINY = str(Path(asd_rt.__file__).parent / "engine" / "asd_fp32.onnx")
 
 
-@pytest.fixture(scope="module")
-def judge_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A judge that has hardly learned anything."""
-    folder = tmp_path_factory.mktemp("judge")
-    load_judge(folder, steps=2)
-    return folder
-
-
 @pytest.fixture
-def hasty(monkeypatch: pytest.MonkeyPatch, judge_folder: Path) -> None:
-    def load(folder: Path) -> Judge:
-        return load_judge(judge_folder, steps=2)
-
+def hasty(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A judge that has hardly learned anything."""
+    monkeypatch.setenv("ASD_RT_CACHE", str(tmp_path / "cache"))
+    config = load_config(Path(next(iter(train.__path__))) / "configs" / "tiny.toml")
+    config = replace(config, classifier=replace(config.classifier, steps=2))
     for module in (switching, drift):
-        monkeypatch.setattr(module, "load_judge", load)
-
-
-def test_a_judge_is_trained_once(judge_folder: Path) -> None:
-    before = (judge_folder / "classifier.pt").stat().st_mtime_ns
-    first, second = (load_judge(judge_folder, steps=2) for _ in range(2))
-    assert (judge_folder / "classifier.pt").stat().st_mtime_ns == before
-    frames = torch.rand(3, 4, 3, 32, 32)
-    labels = torch.zeros(3, 3, dtype=torch.long)
-    np.testing.assert_array_equal(first.hits(frames, labels), second.hits(frames, labels))
-    with pytest.raises(ConfigError, match="another configuration"):
-        load_judge(judge_folder, steps=3)
+        monkeypatch.setattr(module, "load_judge", lambda: load_judge(config))
 
 
 def test_blocks_until_something_shows_twice_in_a_row() -> None:
