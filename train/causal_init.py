@@ -19,6 +19,7 @@ from train.codec import LinearCodec, VocabularyEncoder
 from train.config import TrainConfig
 from train.losses import flow_matching_loss, noisy_latents, shifted_sigma
 from train.model import WanModel, make_rope
+from train.precision import mixed_precision
 from train.rollout import attention_mask
 from train.stage import Ema, MuonAdam, Stage, step_generator, warmup_cosine
 from train.teacher import prompt_tokens
@@ -105,7 +106,7 @@ class InitStage(Stage):
         timesteps = 1000 * torch.cat([torch.zeros_like(sigma), sigma], dim=1)
         cos, sin = make_rope(self.config.model, positions * 2, (height // 2, width // 2))
         mask = teacher_forcing_mask(cache, frames, height * width // 4)
-        with torch.autocast("cpu", torch.bfloat16):
+        with mixed_precision():
             flow = self.denoise(x, timesteps, self.text(tokens), cos, sin, mask)
         loss = flow_matching_loss(flow[:, frames:], x0, noise)
         loss.backward()

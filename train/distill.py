@@ -34,6 +34,7 @@ from train.losses import (
     shifted_sigma,
 )
 from train.model import KeyValue, WanModel, make_rope
+from train.precision import mixed_precision
 from train.rollout import Rollout, last_passes, rollout
 from train.stage import Ema, Stage, step_generator
 from train.tiny_world import NEGATIVE_NAMES, label_tokens, random_labels
@@ -189,7 +190,7 @@ class DistillStage(Stage):
         task = self._draw_task(index, generator)
         first, window = task.first, self.config.clip_frames
 
-        with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        with mixed_precision(), torch.no_grad():
             prompt = self.student.embed_prompt(task.context)
             done = self._rollout(prompt, task.plan(task.n), task.positions, generator)
             target = None
@@ -197,7 +198,7 @@ class DistillStage(Stage):
                 target = self._rollout(prompt, task.plan(task.n + 1), task.positions, generator)
         sigma = self._sigma(generator)
         noise = torch.randn(settings.batch, window, *done.latents.shape[2:], generator=generator)
-        with torch.autocast("cpu", torch.bfloat16):
+        with mixed_precision():
             prompt = self.student.embed_prompt(task.context)
             x = last_passes(self.student, self.config.cache, done, prompt, first, window)
             clip = x.detach().requires_grad_()
@@ -296,7 +297,7 @@ class DistillStage(Stage):
         clips = torch.cat([pair.fake_t, pair.real_t])
         shaken = clips + settings.regularise_sigma * torch.randn(clips.shape, generator=generator)
         sigma = pair.sigma.repeat(2, 1)
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad(), mixed_precision():
             _, moved = self._score(
                 self.teacher, shaken, sigma, task.score_context.repeat(2, 1, 1), features=True
             )
@@ -316,7 +317,7 @@ class DistillStage(Stage):
         x = x.float()
         sigma = self._sigma(generator)
         noise = torch.randn(x.shape, generator=generator)
-        with torch.autocast("cpu", torch.bfloat16):
+        with mixed_precision():
             flow, _ = self._score(self.critic, noisy_latents(x, noise, sigma), sigma, context)
         loss = flow_matching_loss(flow, x, noise)
         self._update("critic", loss)

@@ -21,6 +21,7 @@ from train.classifier import Classifier
 from train.codec import LinearCodec, VocabularyEncoder
 from train.losses import guided_x0, shifted_sigma
 from train.model import WanModel
+from train.precision import mixed_precision
 from train.rollout import rollout
 from train.tiny_world import DIRECTIONS, NEGATIVE_NAMES, TinyWorld, label_tokens
 
@@ -164,7 +165,7 @@ def teacher_sampler(
         clip = noise
         for now, after in pairwise(sigmas):
             timesteps = torch.full((2 * len(labels), frames), TRAIN_TIMESTEPS * float(now))
-            with torch.autocast("cpu", torch.bfloat16):
+            with mixed_precision():
                 flow = model(torch.cat([clip, clip]), timesteps, context).float()
             clip = clip + (after - now) * guided_x0(*flow.chunk(2), guidance)
         return codec.decode(clip)

@@ -11,6 +11,7 @@ from train.codec import LinearCodec, VocabularyEncoder
 from train.config import TrainConfig
 from train.losses import flow_matching_loss, noise_levels, noisy_latents, shifted_sigma
 from train.model import WanModel
+from train.precision import mixed_precision
 from train.stage import Ema, MuonAdam, Stage, step_generator, warmup_cosine
 from train.tiny_world import PERIOD, Clips, TinyWorld, label_tokens
 
@@ -80,7 +81,7 @@ class TeacherStage(Stage):
         sigma = shifted_sigma(u, settings.shift)
         noise = torch.randn(x0.shape, generator=generator)
         timesteps = 1000 * sigma
-        with torch.autocast("cpu", torch.bfloat16):
+        with mixed_precision():
             flow = self.forward(noisy_latents(x0, noise, sigma), timesteps, self.text(tokens))
         loss = flow_matching_loss(flow, x0, noise)
         loss.backward()
