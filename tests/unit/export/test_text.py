@@ -20,6 +20,7 @@ from asd_rt.text_encoder import TextEncoder
 from export import text as text_module
 from export.build import main
 from export.bundle import carry_over, replace_parts
+from export.parity_report import report_files
 from export.umt5 import Umt5Part
 
 ENGINE = "asd_fp32.onnx"
@@ -79,6 +80,7 @@ def test_only_the_text_part_is_made(built: Path, with_text: Path) -> None:
     assert after.parity["text"]["relative_l2"] <= 1e-5
     assert after.parity["pass"] == before.parity["pass"]
     made = {part.file for part in after.parts.values()} | {f"{ENGINE}.json"}
+    made |= {file.name for file in report_files(with_text / ENGINE)}
     assert {p.name for p in with_text.iterdir()} == made  # the vocabulary's part is gone
     for name in before.parts.keys() - {"text"}:
         file = before.parts[name].file
