@@ -287,6 +287,8 @@ def dry_run(args: argparse.Namespace) -> dict[str, Any]:
     settings = _settings(args, checkpoint)
     target = choose_targets(args, settings, checkpoint.config)[0]
     hw = settings.latent_hw or USUAL_LATENT_HW
+    if args.frames < 1:
+        raise ConfigError(f"--frames must be a whole number >= 1, found {args.frames}")
     frames = count_blocks(args.frames, 1)
     video = Video(checkpoint.config, settings.cache, target.precision, hw, frames, target.backend)
     return memory_report(video)

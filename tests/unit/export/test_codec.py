@@ -15,6 +15,7 @@ from asd_rt.manifest import TensorSpec, read_manifest
 from export import codec as codec_module
 from export.build import main
 from export.codec import CodecChoice, codec_parts, measure_codec
+from export.parity_report import report_files
 from train.taehv import TaehvDecoder
 from train.vae import WanDecoder, WanEncoder, WanVae
 from train.vae_config import WanVaeConfig
@@ -82,7 +83,8 @@ def test_a_codec_is_added_to_an_engine(
     assert main([*words, "--vae", str(taehv), "--vae-precision", "fp16"]) == 0
     new = read_manifest(engine)
     files = {path.name for path in tmp_path.iterdir()}
-    assert files == {"asd_fp32.onnx.json", *(part.file for part in new.parts.values())}
+    reports = {file.name for file in report_files(tmp_path / "asd_fp32.onnx")}
+    assert files == {"asd_fp32.onnx.json", *reports, *(part.file for part in new.parts.values())}
     assert new.codec == {"kind": "taehv", "spatial": 8, "temporal": 4}
     assert new.sources["codec"] == {
         "name": "taew2_1.pth",

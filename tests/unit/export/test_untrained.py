@@ -77,4 +77,4 @@ def test_dry_run_plans_without_building(
     assert report["plans"]["fp32"]["cache"] == 2 * 6 * 2 * 32 * 4  # keys and values of a window
     assert list(tmp_path.iterdir()) == []
     assert main([*words, "--frames", "0"]) == 1
-    assert "frames must be a whole number" in capsys.readouterr().err
+    assert "--frames must be a whole number >= 1, found 0" in capsys.readouterr().err

@@ -55,6 +55,7 @@ for path in sys.argv[2:]:
     model = checkpoint.build_model()
     built = since(before)
     model = None
+    gc.collect()
     model = checkpoint.build_model(torch.bfloat16)
     figures.append({'opened': opened, 'built': built, 'mapped': anonymous() - before})
     checkpoint = model = None
