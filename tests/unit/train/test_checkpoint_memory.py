@@ -22,7 +22,7 @@ FORMATS = ("official", "diffusers", "self-forcing")
 # Peaks of anonymous memory while checkpoints are opened and built, in a process of its own. Pages of mapped
 # files are not in it: the system takes them back when it needs the room.
 MEASURE = """
-import gc, json, sys, threading, time
+import ctypes, gc, json, sys, threading, time
 import torch
 from train.checkpoint import load_checkpoint
 def anonymous():
@@ -57,6 +57,7 @@ for path in sys.argv[2:]:
     model = None
     gc.collect()
     model = checkpoint.build_model(torch.bfloat16)
+    ctypes.CDLL(None).malloc_trim(0)  # what is alive counts, not what the allocator keeps
     figures.append({'opened': opened, 'built': built, 'mapped': anonymous() - before})
     checkpoint = model = None
 done = True
