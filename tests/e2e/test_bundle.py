@@ -70,4 +70,5 @@ def test_from_three_checkpoints_to_a_video(
         part["file"]
         for part in json.loads((out / "asd_fp32.onnx.json").read_text())["parts"].values()
     }
-    assert left == named | {"asd_fp32.onnx.json"}
+    reports = {f"asd_fp32.onnx.parity.{kind}" for kind in ("json", "md")}
+    assert left == named | reports | {"asd_fp32.onnx.json"}
