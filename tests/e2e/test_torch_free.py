@@ -18,7 +18,7 @@ NOT_NEEDED = (
     *("torch", "train", "export", "onnx", "onnxscript", "scipy", "sklearn", "matplotlib"),
     *("PIL", "tqdm", "transformers", "tokenizers", "ftfy"),
 )
-COLD_START_S = 5.0
+COLD_START_S = 60.0
 
 
 def frame_count(path: Path) -> int:
