@@ -8,7 +8,7 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import train
 from asd_rt.config import ModelConfig
@@ -27,6 +27,7 @@ from export.text import add_text_encoder, check_text
 from export.umt5_source import open_umt5
 from export.umt5_storage import PRECISIONS as TEXT_PRECISIONS
 from train.checkpoint import Checkpoint, describe_checkpoint, load_checkpoint
+from train.command_line import Parser
 from train.vae_weights import load_codec
 
 DEFAULT_OUT = Path("engines")
@@ -42,13 +43,6 @@ EXAMPLES = """examples:
       with UMT5 for prompts; added to an engine that is there already, it is all that is built
 """
 log = logging.getLogger("export")
-
-
-class Parser(argparse.ArgumentParser):
-    """Argument errors in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
 
 
 def default_checkpoint() -> Path:

@@ -15,7 +15,7 @@ from asd_rt.backends.base import Engine, FloatArray, open_backend
 from asd_rt.errors import AsdError, BackendError, ConfigError, EngineError, OutputError
 from asd_rt.manifest import Manifest, late_parts, read_manifest, verify
 from asd_rt.planner import is_large
-from export.build import Parser, default_checkpoint
+from export.build import default_checkpoint
 from export.drift import Drift, longest, measure_drift
 from export.layer_errors import LayerError, measure_layers
 from export.parity import measure, opened
@@ -24,6 +24,7 @@ from export.parity_report import make_entry, markdown, write_report
 from export.reference import TorchEngine
 from export.samples import is_tiny_world
 from train.checkpoint import Checkpoint, load_checkpoint
+from train.command_line import Parser
 from train.model import WanModel
 
 BLOCKS, PROMPTS = 200, 64

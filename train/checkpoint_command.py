@@ -9,12 +9,12 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 
 from asd_rt.errors import AsdError
 from train.checkpoint import load_checkpoint
+from train.command_line import Parser
 from train.formats.files import CODEC, DEPLOYMENT, TEXT, locate
 from train.formats.random_weights import CONFIGS, random_source
 from train.formats.write import FORMATS, SHARD_BYTES, Source, write_checkpoint
@@ -29,13 +29,6 @@ EXAMPLES = """examples:
   python -m train.checkpoint convert self_forcing_dmd.pt --format diffusers --out student --shard-size 2GB
       the same weights, bit for bit, for WanTransformer3DModel.from_pretrained
 """
-
-
-class Parser(argparse.ArgumentParser):
-    """Argument errors in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
 
 
 def _size(text: str) -> int:

@@ -14,7 +14,6 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 import torch
@@ -29,6 +28,7 @@ from asd_rt.video_reader import read_frames
 from train.checkpoint import load_checkpoint
 from train.clip_shards import INDEX, Clip, ClipIndex, read_index, write_index, write_shard
 from train.codec import PATCH
+from train.command_line import Parser
 from train.vae_weights import load_codec
 
 VIDEO_SUFFIXES = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".gif", ".ogv", ".flv", ".y4m")
@@ -241,13 +241,6 @@ def make_clips(folder: Path, encoder: Encoder, out: Path, args: argparse.Namespa
             f"first: {next(iter(index.rejected.values()))}"
         )
     return index
-
-
-class Parser(argparse.ArgumentParser):
-    """Argument errors in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
 
 
 def _size(text: str) -> tuple[int, int]:

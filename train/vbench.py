@@ -14,7 +14,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from tqdm import tqdm
 
@@ -26,6 +26,7 @@ from asd_rt.errors import AsdError, ConfigError, OutputError
 from asd_rt.files import replacing
 from asd_rt.session import Session
 from asd_rt.video import enlarge, open_writer
+from train.command_line import Parser
 
 CLIPS = 5
 MAX_NAME_BYTES = 255
@@ -175,13 +176,6 @@ def _done(out: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
             f"{mend}"
         )
     return {name: entry for name, entry in videos.items() if (out / name).is_file()}
-
-
-class Parser(argparse.ArgumentParser):
-    """Argument errors in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
 
 
 def make_parser() -> argparse.ArgumentParser:
