@@ -1,5 +1,6 @@
 """Does a deadline plan keep its promise when another program takes a core? hog.json, hog.md and hog.png.
 
+python -m benchmarks.hog --out out                    # twice what a block of all steps takes here
 python -m benchmarks.hog --deadline-ms 20 --out out
 
 A minute of video is streamed and taken at the pace of the deadline, as a player would. In its middle a busy
@@ -32,11 +33,14 @@ from asd_rt.errors import AsdError
 from asd_rt.files import replacing
 from asd_rt.machine import affinity_cpus
 from asd_rt.progress import Progress
+from asd_rt.schedule import MAX_STEPS
 from asd_rt.session import Session
 from benchmarks.latency import make_folder
 from benchmarks.latency_plot import GRID, INK, SOFT_INK
 
 RECOVERY_BLOCKS = 5  # that the plan may take after the hog
+SPARE = 2.0  # default deadline: this many times what a block of all steps takes
+MEASURED_BLOCKS = 60
 
 
 def burn(cpu: int, seconds: float) -> None:
@@ -47,12 +51,28 @@ def burn(cpu: int, seconds: float) -> None:
         pass
 
 
-def stream(session: Session, args: argparse.Namespace) -> list[dict[str, Any]]:
+def any_prompt(session: Session) -> str:
+    """A word that the engine knows."""
+    return next(w for w, t in (session.manifest.tokenizer or {})["words"].items() if t)
+
+
+def spare_deadline_ms(session: Session) -> float:
+    """A deadline with SPARE times the room that a block of all steps takes behind a full window."""
+    frames = MEASURED_BLOCKS * session.manifest.cache.block_frames
+    taken, last = [], perf_counter()
+    for _ in session.generate(any_prompt(session), frames=frames, steps=MAX_STEPS):
+        now = perf_counter()
+        taken.append(1e3 * (now - last))
+        last = now
+    return round(SPARE * float(np.median(taken[MEASURED_BLOCKS // 2 :])))
+
+
+def stream(session: Session, args: argparse.Namespace, deadline_ms: float) -> list[dict[str, Any]]:
     """One row a block: when it was there, its steps, what it took, and whether the hog was about."""
-    period = args.deadline_ms / 1e3
+    period = deadline_ms / 1e3
     blocks = int(args.seconds / period)
     frames = blocks * session.manifest.cache.block_frames
-    prompt = next(w for w, t in (session.manifest.tokenizer or {})["words"].items() if t)
+    prompt = any_prompt(session)
     hog = multiprocessing.get_context("spawn").Process(
         target=burn, args=(max(affinity_cpus()), args.hog_seconds)
     )
@@ -61,7 +81,7 @@ def stream(session: Session, args: argparse.Namespace) -> list[dict[str, Any]]:
     hogged = [float("inf"), float("inf")]
     begin = due = perf_counter()
     with Progress("blocks", blocks) as progress:
-        for block in session.generate(prompt, frames=frames, deadline_ms=args.deadline_ms):
+        for block in session.generate(prompt, frames=frames, deadline_ms=deadline_ms):
             now = perf_counter()
             report = block.deadline
             if report is None:
@@ -177,14 +197,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--engine", type=Path, help="engine file (default: the best one here)")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder, made if absent")
-    parser.add_argument("--deadline-ms", type=float, default=20.0, help="of a block (default 20)")
+    parser.add_argument(
+        "--deadline-ms",
+        type=float,
+        help=f"of a block (default: {SPARE:g} times what one of {MAX_STEPS} steps takes here)",
+    )
     parser.add_argument("--seconds", type=float, default=60.0, help="of video (default 60)")
     parser.add_argument("--hog-seconds", type=float, default=10.0, help="of the busy core")
     args = parser.parse_args(argv)
     try:
         make_folder(args.out)
         with asd_rt.open(args.engine) as session:
-            rows = stream(session, args)
+            deadline_ms = args.deadline_ms
+            if deadline_ms is None:
+                deadline_ms = spare_deadline_ms(session)
+            rows = stream(session, args, deadline_ms)
             report = {
                 "format_version": 1,
                 "name": session.manifest.name,
@@ -192,12 +219,12 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "device": session.engine.device,
                 "machine": timing.describe_machine(),
                 "versions": timing.versions(),
-                "deadline_ms": args.deadline_ms,
+                "deadline_ms": deadline_ms,
                 "seconds": args.seconds,
                 "hog_seconds": args.hog_seconds,
                 "command": "python -m benchmarks.hog "
                 + " ".join(sys.argv[1:] if argv is None else argv),
-                "summary": summarise(rows, args.deadline_ms),
+                "summary": summarise(rows, deadline_ms),
                 "rows": rows,
             }
         with replacing(args.out / "hog.json") as temporary:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.hog import markdown, summarise
+import asd_rt
+from benchmarks.hog import any_prompt, markdown, spare_deadline_ms, summarise
 
 DEADLINE_MS = 20.0
 
@@ -37,3 +38,13 @@ def test_a_stream_without_a_hog() -> None:
         "machine": {"cores": 2, "cpu": "x", "load_average": [0.0]},
     }  # fmt: skip
     assert "| missed deadlines | 1.00% | 0.00% |" in markdown(report)
+
+
+def test_the_deadline_leaves_room_for_all_steps() -> None:
+    with asd_rt.open() as session:
+        deadline_ms = spare_deadline_ms(session)
+        taken = [
+            block.stats.block_ms
+            for block in session.generate(any_prompt(session), frames=36, steps=4)
+        ]
+    assert deadline_ms > min(taken)
