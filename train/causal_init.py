@@ -19,9 +19,10 @@ from train.codec import LinearCodec, VocabularyEncoder
 from train.config import TrainConfig
 from train.losses import flow_matching_loss, noisy_latents, shifted_sigma
 from train.model import WanModel, make_rope
+from train.muon import MuonAdam
 from train.precision import mixed_precision
 from train.rollout import attention_mask
-from train.stage import Ema, MuonAdam, Stage, step_generator, warmup_cosine
+from train.stage import Ema, Stage, step_generator, warmup_cosine
 from train.teacher import prompt_tokens
 from train.tiny_world import PERIOD, TinyWorld
 

@@ -155,37 +155,3 @@ def warmup_cosine(index: int, steps: int, warmup: int, floor: float = 0.02) -> f
         return (index + 1) / warmup
     progress = (index - warmup) / max(1, steps - warmup)
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-class MuonAdam:
-    """Muon for the matrices inside the blocks, AdamW for everything else."""
-
-    def __init__(self, model: nn.Module, muon_lr: float, adam_lr: float) -> None:
-        matrices = [
-            p for n, p in model.named_parameters() if n.startswith("blocks.") and p.ndim == 2
-        ]
-        others = [
-            p for n, p in model.named_parameters() if not (n.startswith("blocks.") and p.ndim == 2)
-        ]
-        self.parts: list[torch.optim.Optimizer] = [
-            torch.optim.Muon(
-                matrices, lr=muon_lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"
-            ),
-            torch.optim.AdamW(others, lr=adam_lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True),
-        ]
-        self.lrs = [muon_lr, adam_lr]
-
-    def step(self, factor: float) -> None:
-        """Update with learning rates times `factor`, then clear the gradients."""
-        for part, lr in zip(self.parts, self.lrs, strict=True):
-            for group in part.param_groups:
-                group["lr"] = lr * factor
-            part.step()
-            part.zero_grad(set_to_none=True)
-
-    def state(self) -> list[dict[str, Any]]:
-        return [part.state_dict() for part in self.parts]
-
-    def load(self, states: list[dict[str, Any]]) -> None:
-        for part, state in zip(self.parts, states, strict=True):
-            part.load_state_dict(state)

@@ -11,8 +11,9 @@ from train.codec import LinearCodec, VocabularyEncoder
 from train.config import TrainConfig
 from train.losses import flow_matching_loss, noise_levels, noisy_latents, shifted_sigma
 from train.model import WanModel
+from train.muon import MuonAdam
 from train.precision import mixed_precision
-from train.stage import Ema, MuonAdam, Stage, step_generator, warmup_cosine
+from train.stage import Ema, Stage, step_generator, warmup_cosine
 from train.tiny_world import PERIOD, Clips, TinyWorld, label_tokens
 
 
