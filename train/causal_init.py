@@ -1,13 +1,15 @@
-"""Stage "init": the teacher's weights learn to see only the past, by teacher forcing on real clips.
+"""Stage "init": the teacher's weights learn to see only the past.
 
 One pass over [clean frames, noisy frames]: clean blocks attend to clean blocks of their window (what the
-cache will hold), noisy blocks to the clean blocks before them and to themselves. Sources: CausVid, Self
-Forcing ("teacher forcing" variant), Diffusion Forcing for the noise level drawn per block.
+cache will hold), noisy blocks to the clean blocks before them and to themselves. The noisy frames are noised
+clips (teacher forcing), or where there are ODE pairs what the teacher's sampling passed through on its way to
+the clean ones. Sources: CausVid (ODE pairs), Self Forcing ("teacher forcing" variant), Diffusion Forcing for
+the noise level drawn per block.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,16 +17,20 @@ from torch import Tensor
 from asd_rt.config import CacheConfig
 from asd_rt.kv_cache import attended_frames
 from asd_rt.schedule import MAX_STEPS, Schedule
-from train.codec import LinearCodec, VocabularyEncoder
 from train.config import TrainConfig
-from train.losses import flow_matching_loss, noisy_latents, shifted_sigma
+from train.data import Data
+from train.losses import (
+    flow_matching_loss,
+    noisy_latents,
+    ode_regression_loss,
+    shifted_sigma,
+)
 from train.model import WanModel, make_rope
 from train.muon import MuonAdam
-from train.precision import mixed_precision
+from train.optimizers import Ema, warmup_cosine
+from train.parallel import SINGLE, Parallel
 from train.rollout import attention_mask
-from train.stage import Ema, Stage, step_generator, warmup_cosine
-from train.teacher import prompt_tokens
-from train.tiny_world import PERIOD, TinyWorld
+from train.stage import Stage, step_generator
 
 
 def teacher_forcing_mask(cache: CacheConfig, frames: int, tokens: int) -> Tensor:
@@ -38,20 +44,19 @@ def teacher_forcing_mask(cache: CacheConfig, frames: int, tokens: int) -> Tensor
     return torch.cat([clean, attention_mask(cache, frames, 0, frames, tokens)])
 
 
-def jump_after_sinks(cache: CacheConfig, frames: int, generator: torch.Generator) -> list[int]:
-    """Frame indices of a clip that leaps ahead after its first block, as if it had played for long.
+class _Example(NamedTuple):
+    """What a pass sees and is to find: x_t at sigma [B, F] made of x0, with `noise` or by the teacher."""
 
-    The leap is a multiple of the time after which every digit of the tiny world is back where it was, so
-    the clip stays true. It teaches the network sinks at any distance. Half of all clips have none.
-    """
-    leap = int(torch.randint(0, 2, (1,), generator=generator))
-    distance = int(2 ** (10 * torch.rand(1, generator=generator).item())) if leap else 0
-    first = cache.block_frames
-    return [f if f < first else f + PERIOD * distance for f in range(frames)]
+    x0: Tensor
+    x_t: Tensor
+    sigma: Tensor
+    noise: Tensor | None
+    context: Tensor
+    positions: list[int]
 
 
 class InitStage(Stage):
-    """Flow matching with the student's attention; the result is a causal many-step student."""
+    """Flow matching, or ODE regression, with the student's attention; the result is a causal student."""
 
     name = "init"
 
@@ -59,18 +64,17 @@ class InitStage(Stage):
         self,
         config: TrainConfig,
         seed: int,
-        codec: LinearCodec,
-        text: VocabularyEncoder,
-        teacher: dict[str, Tensor],
+        data: Data,
+        network: WanModel,
+        parallel: Parallel = SINGLE,
     ) -> None:
-        self.config, self.seed, self.codec, self.text = config, seed, codec, text
+        self.config, self.seed, self.data, self.parallel = config, seed, data, parallel
         self.steps = config.init.steps
-        self.model = WanModel(config.model)
-        self.model.load_state_dict(teacher)
-        self.denoise = torch.compile(self._flow, dynamic=False) if config.compile else self._flow
-        self.optimizer = MuonAdam(self.model, config.init.muon_lr, config.init.adam_lr)
-        self.ema = Ema(self.model, config.init.ema)
-        self.world = TinyWorld("train")
+        self.model = network
+        compiled = config.compile and parallel.mesh is None
+        self.denoise = torch.compile(self._flow, dynamic=False) if compiled else self._flow
+        self.optimizer = MuonAdam(network, config.init.muon_lr, config.init.adam_lr)
+        self.ema = Ema(network, config.init.ema)
         self.levels = torch.tensor(
             [s.sigma for s in Schedule(config.timestep_shift).steps(MAX_STEPS)]
         )
@@ -81,49 +85,67 @@ class InitStage(Stage):
         time, prompt = self.model.embed_time(timesteps), self.model.embed_prompt(context)
         return self.model.denoise(x, time, prompt, (cos, sin), mask=mask)[0]
 
-    def step(self, index: int) -> dict[str, float]:
-        settings, cache = self.config.init, self.config.cache
-        generator = step_generator(self.seed, self.name, index)
-        positions = jump_after_sinks(cache, settings.frames, generator)
-        shown = [f if f == at else f + PERIOD for f, at in enumerate(positions)]
-        clips = self.world.draw(settings.batch, shown[-1] + 1, generator)
-        x0 = self.codec.encode(clips.frames[:, shown])
-        batch, frames, _, height, width = x0.shape
-        tokens = prompt_tokens(
-            clips,
-            self.config.model.text_len,
-            self.config.teacher.drop_prompt,
-            self.config.teacher.drop_attribute,
-            generator,
-        )
-        # Noise levels a block: half from the student's own steps, half from the whole range.
-        shape = (batch, frames // cache.block_frames)
+    def _forced(self, index: int, share: int, generator: torch.Generator) -> _Example:
+        """A noised clip. Noise levels a block: half from the student's own steps, half from anywhere."""
+        size = self.config.cache.block_frames
+        x0, context, positions = self.data.init_batch(index, share, generator)
+        shape = (len(x0), x0.shape[1] // size)
         anywhere = shifted_sigma(torch.rand(shape, generator=generator), self.config.timestep_shift)
         own = self.levels[torch.randint(len(self.levels), shape, generator=generator)]
         use_own = torch.rand(shape, generator=generator) < 0.5
-        sigma = torch.where(use_own, own, anywhere).repeat_interleave(cache.block_frames, dim=1)
+        sigma = torch.where(use_own, own, anywhere).repeat_interleave(size, dim=1)
         noise = torch.randn(x0.shape, generator=generator)
-        x = torch.cat([x0, noisy_latents(x0, noise, sigma)], dim=1)
+        return _Example(x0, noisy_latents(x0, noise, sigma), sigma, noise, context, positions)
+
+    def _sampled(self, index: int, share: int, generator: torch.Generator) -> _Example:
+        """What the teacher passed through at the student's own steps, one of them a block."""
+        size = self.config.cache.block_frames
+        path, x0, context = self.data.ode_batch(index, share)
+        batch, frames = x0.shape[:2]
+        step = torch.randint(MAX_STEPS, (batch, frames // size), generator=generator)
+        step = step.repeat_interleave(size, dim=1)
+        rows, columns = torch.arange(batch)[:, None], torch.arange(frames)
+        x_t = path[rows, step, columns]
+        return _Example(x0, x_t, self.levels[step], None, context, list(range(frames)))
+
+    def _loss(self, example: _Example) -> Tensor:
+        device = self.parallel.device
+        x0, x_t, sigma = (t.to(device) for t in example[:3])
+        frames, height, width = x0.shape[1], *x0.shape[3:]
         timesteps = 1000 * torch.cat([torch.zeros_like(sigma), sigma], dim=1)
-        cos, sin = make_rope(self.config.model, positions * 2, (height // 2, width // 2))
-        mask = teacher_forcing_mask(cache, frames, height * width // 4)
-        with mixed_precision():
-            flow = self.denoise(x, timesteps, self.text(tokens), cos, sin, mask)
-        loss = flow_matching_loss(flow[:, frames:], x0, noise)
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        token_hw = (height // 2, width // 2)
+        cos, sin = make_rope(self.model.config, example.positions * 2, token_hw, device)
+        mask = teacher_forcing_mask(self.config.cache, frames, token_hw[0] * token_hw[1])
+        x = torch.cat([x0, x_t], dim=1)
+        with self.parallel.autocast():
+            flow = self.denoise(x, timesteps, example.context.to(device), cos, sin, mask.to(device))
+        flow = flow[:, frames:]
+        if example.noise is None:
+            return ode_regression_loss(flow, x_t, sigma, x0)
+        return flow_matching_loss(flow, x0, example.noise.to(device))
+
+    def step(self, index: int) -> dict[str, float]:
+        settings, shares = self.config.init, self.parallel.shares
+        example = self._sampled if self.config.data and self.config.data.ode_pairs else self._forced
+        losses = []
+        for share in shares:
+            generator = step_generator(self.seed, self.name, index, share)
+            loss = self._loss(example(index, share, generator))
+            (loss / len(shares)).backward()
+            losses.append(loss.detach())
+        norm = self.parallel.clip(self.model, 1.0)
         self.optimizer.step(warmup_cosine(index, self.steps, settings.warmup))
         self.ema.update(self.model, min(settings.ema, (1 + index) / (10 + index)))
-        return {"loss": loss.item(), "grad_norm": norm.item()}
+        return self.parallel.average({"loss": torch.stack(losses).mean(), "grad_norm": norm})
 
     def state(self) -> dict[str, Any]:
         return {
             "model": self.model.state_dict(),
             "ema": self.ema.values,
-            "optimizer": self.optimizer.state(),
+            "optimizer": self.optimizer.state(self.model),
         }
 
     def load(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
         self.ema.values = state["ema"]
-        self.optimizer.load(state["optimizer"])
+        self.optimizer.load(self.model, state["optimizer"])

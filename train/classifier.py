@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from train.codec import LinearCodec
 from train.config import TrainConfig
-from train.stage import Stage, step_generator, warmup_cosine
+from train.optimizers import warmup_cosine
+from train.stage import Stage, step_generator
 from train.tiny_world import COLOURS, DIGITS, DIRECTIONS, TinyWorld, without_trail
 
 FRAMES = 2  # frames of a clip seen in training: one pair

@@ -5,11 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import tomllib
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 from asd_rt.config import CacheConfig, ModelConfig, from_mapping
 from asd_rt.errors import ConfigError
+from train.deployment import check_latent_hw
+
+PRECISIONS = ("auto", "bf16", "fp32")
 
 
 @dataclass(frozen=True)
@@ -23,7 +28,7 @@ class ClassifierConfig:
 
 @dataclass(frozen=True)
 class TeacherConfig:
-    """Bidirectional teacher, trained by flow matching on real clips."""
+    """Bidirectional teacher, trained by flow matching on real clips. Without a muon_lr AdamW trains all."""
 
     steps: int
     batch: int
@@ -41,7 +46,11 @@ class TeacherConfig:
 
 @dataclass(frozen=True)
 class InitConfig:
-    """Causal initialisation: the teacher's weights learn to see only the past (teacher forcing)."""
+    """Causal initialisation: the teacher's weights learn to see only the past.
+
+    By teacher forcing on clips, or where data.ode_pairs is named by regression to what the teacher made of
+    the same noise.
+    """
 
     steps: int
     batch: int
@@ -87,27 +96,105 @@ class DistillConfig:
 
 
 @dataclass(frozen=True)
+class ParallelConfig:
+    """How a step is split and computed. With this section checkpoints are sharded.
+
+    Attributes:
+        micro_batches: of a step, each of the `batch` of its stage; processes share them evenly.
+        checkpoint_activations: keep no activations of a transformer block, compute them twice.
+        precision: of products: auto (bf16 where the machine has it), bf16 or fp32.
+        save_minutes: between checkpoints.
+    """
+
+    micro_batches: int = 1
+    checkpoint_activations: bool = False
+    precision: str = "auto"
+    save_minutes: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.micro_batches < 1:
+            raise ConfigError(f"parallel: micro_batches must be >= 1, found {self.micro_batches}")
+        if self.precision not in PRECISIONS:
+            raise ConfigError(
+                f"parallel: precision must be one of {', '.join(PRECISIONS)}, found {self.precision!r}"
+            )
+        if not self.save_minutes >= 0:
+            raise ConfigError(f"parallel: save_minutes must be >= 0, found {self.save_minutes}")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What real networks are trained with; paths are relative to the working directory.
+
+    Attributes:
+        prompts: text file, one prompt a line.
+        embeddings: of these prompts and of all captions, made by `asd-rt encode`.
+        negative: embeddings file whose first prompt guidance leads away from; also what a prompt that is
+            left out is replaced by.
+        latent_hw: height and width of latents.
+        clips: folder made by train.clips, to train a teacher and to teach it to see only the past.
+        ode_pairs: folder made by train.ode_pairs, for the causal initialisation instead of clips.
+    """
+
+    prompts: str
+    embeddings: str
+    negative: str
+    latent_hw: tuple[int, int]
+    clips: str = ""
+    ode_pairs: str = ""
+
+    def __post_init__(self) -> None:
+        check_latent_hw(self.latent_hw, "data: latent_hw")
+
+
+@dataclass(frozen=True)
+class WeightsConfig:
+    """Checkpoints, in any format of docs/checkpoints.md, that real networks start from.
+
+    Attributes:
+        teacher: the many-step model.
+        student: causal start of the distillation, or what the causal initialisation starts from.
+        critic: of the student's shape; empty = the teacher's weights.
+    """
+
+    teacher: str
+    student: str
+    critic: str = ""
+
+
+@dataclass(frozen=True)
 class TrainConfig:
-    """Everything a run needs; equal configurations and seeds give equal runs."""
+    """Everything a run needs; equal configurations and seeds give equal runs.
+
+    Without [data] the run is of the tiny world, and needs all of its sections. With [data] it is of real
+    networks: [weights] says what they start from, and the stages are those whose sections are there.
+    """
 
     name: str
     timestep_shift: float
     clip_frames: int
-    compile: bool
-    eval_clips: int
-    teacher_guidance: float  # of the teacher's own clips; the distillation has its own
     model: ModelConfig
     cache: CacheConfig
-    classifier: ClassifierConfig
-    teacher: TeacherConfig
-    init: InitConfig
     distill: DistillConfig
+    compile: bool = False
+    eval_clips: int | None = None
+    teacher_guidance: float | None = (
+        None  # of the teacher's own clips; the distillation has its own
+    )
+    classifier: ClassifierConfig | None = None
+    teacher: TeacherConfig | None = None
+    init: InitConfig | None = None
+    teacher_model: ModelConfig | None = None  # None = the student's
+    data: DataConfig | None = None
+    weights: WeightsConfig | None = None
+    parallel: ParallelConfig | None = None
 
     def __post_init__(self) -> None:
+        self._check_sections()
         block = self.cache.block_frames
         for name, frames in (
             ("clip_frames", self.clip_frames),
-            ("init.frames", self.init.frames),
+            ("init.frames", self.init.frames if self.init else block),
             ("distill.frames", self.distill.frames),
         ):
             if frames % block or frames < block:
@@ -119,15 +206,49 @@ class TrainConfig:
                 f"distill.frames {self.distill.frames} is smaller than clip_frames {self.clip_frames}"
             )
 
+    def _check_sections(self) -> None:
+        """Raise ConfigError for sections that do not belong together."""
+        tiny = ("eval_clips", "teacher_guidance", "classifier", "teacher", "init")
+        if self.data is None:
+            missing = [name for name in tiny if getattr(self, name) is None]
+            if missing:
+                raise ConfigError(f"missing {', '.join(missing)} (or [data], for real networks)")
+            extra = [n for n in ("teacher_model", "weights") if getattr(self, n) is not None]
+            if extra:
+                raise ConfigError(f"{', '.join(extra)}: only for real networks, which need [data]")
+            return
+        if self.weights is None:
+            raise ConfigError("missing weights: with [data], networks start from checkpoints")
+        extra = [n for n in ("eval_clips", "teacher_guidance", "classifier") if getattr(self, n)]
+        if extra:
+            raise ConfigError(f"{', '.join(extra)}: only for the tiny world, which has no [data]")
+        if self.teacher is not None and not self.data.clips:
+            raise ConfigError("the stage teacher needs data.clips, made by python -m train.clips")
+        if self.init is not None and not self.data.clips and not self.data.ode_pairs:
+            raise ConfigError("the stage init needs data.clips or data.ode_pairs")
+        teacher = self.teacher_model or self.model
+        for name in ("in_dim", "out_dim", "text_dim"):
+            if getattr(teacher, name) != getattr(self.model, name):
+                raise ConfigError(
+                    f"teacher_model.{name} {getattr(teacher, name)} differs from model.{name} "
+                    f"{getattr(self.model, name)}: teacher and student must share latents and prompts"
+                )
+        same = teacher_shape(self) == teacher_shape(replace(self, teacher_model=None))
+        if not same and not self.weights.critic:
+            raise ConfigError(
+                "missing weights.critic: the teacher has another shape than the student, so the critic "
+                "cannot start from its weights"
+            )
+
     def smoke(self) -> TrainConfig:
         """The same stages in a few steps each, to prove that they run (not that they learn)."""
         return replace(
             self,
             compile=False,
-            eval_clips=16,
-            classifier=replace(self.classifier, steps=12, batch=16),
-            teacher=replace(self.teacher, steps=6, batch=4, warmup=2),
-            init=replace(self.init, steps=4, batch=2, warmup=2),
+            eval_clips=16 if self.eval_clips else None,
+            classifier=self.classifier and replace(self.classifier, steps=12, batch=16),
+            teacher=self.teacher and replace(self.teacher, steps=6, batch=4, warmup=2),
+            init=self.init and replace(self.init, steps=4, batch=2, warmup=2),
             distill=replace(self.distill, steps=4, batch=2, asd_warmup=1, ema_start=1),
         )
 
@@ -139,11 +260,25 @@ _SECTIONS = {
     "teacher": TeacherConfig,
     "init": InitConfig,
     "distill": DistillConfig,
+    "teacher_model": ModelConfig,
+    "data": DataConfig,
+    "weights": WeightsConfig,
+    "parallel": ParallelConfig,
 }
 
 
-def load_config(path: Path) -> TrainConfig:
+def teacher_shape(config: TrainConfig) -> dict[str, Any]:
+    """The settings of the teacher's network that its weights depend on."""
+    values = (config.teacher_model or config.model).to_json()
+    return {k: v for k, v in values.items() if k not in ("local_attn_size", "sink_size")}
+
+
+def load_config(path: Path, changes: Sequence[str] = ()) -> TrainConfig:
     """Read a training configuration.
+
+    Args:
+        path: TOML file.
+        changes: "section.key=value" each, to be set over the file's; a value that is no TOML is a text.
 
     Raises:
         ConfigError: no such file, not TOML, or unknown, missing or impossible values.
@@ -156,14 +291,62 @@ def load_config(path: Path) -> TrainConfig:
         ) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
         raise ConfigError(f"{path}: cannot be read as TOML: {error}") from error
-    missing = sorted({f.name for f in fields(TrainConfig)} - set(values))
+    for change in changes:
+        _set(values, change)
+    missing = {f.name for f in fields(TrainConfig) if f.default is MISSING} - set(values)
     if missing:
-        raise ConfigError(f"{path}: missing {', '.join(missing)}")
+        raise ConfigError(f"{path}: missing {', '.join(sorted(missing))}")
     for name, section in _SECTIONS.items():
+        if name not in values:
+            continue
         if not isinstance(values[name], dict):
             raise ConfigError(f"{path}: [{name}] must be a table, found {values[name]!r}")
+        _check_types(section, values[name], f"{path} [{name}]")
         values[name] = from_mapping(section, values[name], f"{path} [{name}]")
-    return from_mapping(TrainConfig, values, str(path))
+    _check_types(TrainConfig, values, str(path))
+    try:
+        return from_mapping(TrainConfig, values, str(path))
+    except ConfigError as error:
+        where = "" if str(error).startswith(str(path)) else f"{path}: "
+        raise ConfigError(f"{where}{error}") from error
+
+
+def _set(values: dict[str, Any], change: str) -> None:
+    """Set one "section.key=value" in what was read from a file."""
+    key, equals, text = change.partition("=")
+    *sections, name = key.strip().split(".")
+    if not equals or not name or len(sections) > 1:
+        raise ConfigError(f"--set {change}: expected section.key=value, such as model.num_layers=2")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    for section in sections:
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise ConfigError(f"--set {change}: {section} is no section")
+    values[name] = value
+
+
+_TYPES: dict[str, tuple[type | tuple[type, ...], str]] = {
+    "int": (int, "a whole number"),
+    "float": ((int, float), "a number"),
+    "str": (str, "a text"),
+    "bool": (bool, "true or false"),
+    "tuple[float, float]": (list, "a list of numbers"),
+    "tuple[float, ...]": (list, "a list of numbers"),
+    "tuple[int, int]": (list, "a list of numbers"),
+}
+
+
+def _check_types(section: type, values: Mapping[str, Any], where: str) -> None:
+    """Raise ConfigError for values of another type than the fields of `section` have."""
+    for field in fields(section):
+        kind, name = _TYPES.get(str(field.type).removesuffix(" | None"), (object, ""))
+        value = values.get(field.name)
+        wrong = not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool)
+        if field.name in values and name and wrong:
+            raise ConfigError(f"{where}: {field.name} must be {name}, found {value!r}")
 
 
 _UPSTREAM: dict[str, tuple[str, ...]] = {
@@ -186,4 +369,9 @@ def fingerprint(config: TrainConfig, seed: int, stage: str) -> str:
     """Hash of the seed and of every setting that the result of `stage` depends on."""
     settings = asdict(config)
     used = {"seed": seed, **{name: settings[name] for name in _UPSTREAM[stage]}}
+    # What came later counts where it is there, so that older runs go on.
+    later = {name: settings[name] for name in ("teacher_model", "data", "weights")}
+    used |= {name: value for name, value in later.items() if value is not None}
+    if config.parallel is not None and stage != "classifier":
+        used["micro_batches"] = config.parallel.micro_batches
     return hashlib.sha256(json.dumps(used, sort_keys=True).encode()).hexdigest()[:16]

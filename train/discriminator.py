@@ -36,7 +36,7 @@ class Discriminator(nn.Module):
     def forward(self, features: list[Tensor], steps: Tensor, sigma: Tensor) -> Tensor:
         """Features per layer [B, F, S, dim], steps n int64 [B], sigma [B, F] -> logits [B]."""
         condition = self.steps(steps - 1) + self.sigma(sigma.mean(dim=1, keepdim=True))
-        logits = torch.zeros(len(steps))
+        logits = torch.zeros(len(steps), device=steps.device)
         for i, feature in enumerate(features):
             x = self.norms[i](feature.flatten(1, 2).float())
             k, v = (

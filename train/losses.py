@@ -63,6 +63,11 @@ def flow_matching_loss(flow: Tensor, x0: Tensor, noise: Tensor) -> Tensor:
     return F.mse_loss(flow.float(), (noise - x0).detach().float())
 
 
+def ode_regression_loss(flow: Tensor, x_t: Tensor, sigma: Tensor, x0: Tensor) -> Tensor:
+    """mean (x_t - sigma * flow - x0)^2: find at once where many steps of the teacher led. Source: CausVid."""
+    return F.mse_loss(flow_to_x0(flow.float(), x_t.float(), sigma), x0.detach().float())
+
+
 def guided_x0(cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
     """Classifier-free guidance, of x0 or flow alike: uncond + scale * (cond - uncond)."""
     return uncond + scale * (cond - uncond)

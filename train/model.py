@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from asd_rt.config import ModelConfig
 from asd_rt.rope import rope_table
@@ -108,7 +109,13 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Self-attention over past and own tokens, cross-attention over the prompt, feed-forward."""
+    """Self-attention over past and own tokens, cross-attention over the prompt, feed-forward.
+
+    Attributes:
+        checkpointing: keep no activations for the backward pass, which computes them once more.
+    """
+
+    checkpointing = False
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -124,11 +131,31 @@ class Block(nn.Module):
             nn.Linear(config.ffn_dim, dim),
         )
 
+    def embed_prompt(self, y: Tensor) -> KeyValue:
+        """Keys and values of the embedded text [B, text_len, dim]."""
+        cross = self.cross_attn
+        return KeyValue(cross.keys(y).transpose(0, 1), cross.values(y).transpose(0, 1))
+
     def norm(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
         """LayerNorm without weights, then per-frame shift and scale [B, F, 1, dim]; x is [B, F, S, dim]."""
         return F.layer_norm(x, x.shape[-1:], eps=self.eps) * (1 + scale) + shift
 
     def forward(
+        self,
+        x: Tensor,
+        modulation: Tensor,
+        rope: Rope,
+        prompt: KeyValue,
+        past: KeyValue | None,
+        mask: Tensor | None,
+    ) -> tuple[Tensor, KeyValue]:
+        inputs = (x, modulation, rope, prompt, past, mask)
+        if self.checkpointing and torch.is_grad_enabled():
+            # Inside of the module, so that FSDP gathers its weights once for both computations.
+            return checkpoint(self._pass, *inputs, use_reentrant=False, preserve_rng_state=False)
+        return self._pass(*inputs)
+
+    def _pass(
         self,
         x: Tensor,
         modulation: Tensor,
@@ -204,11 +231,8 @@ class WanModel(nn.Module):
             per layer, [text_len, B, heads, head_dim].
         """
         context = F.pad(context, (0, 0, 0, self.config.text_len - context.shape[1]))
-        y = self.text_embedding(context)
-        return [
-            KeyValue(b.cross_attn.keys(y).transpose(0, 1), b.cross_attn.values(y).transpose(0, 1))
-            for b in self.blocks
-        ]
+        y = self.text_embedding(context.to(self.text_embedding[0].weight.dtype))
+        return [block.embed_prompt(y) for block in self.blocks]
 
     def embed_time(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """Timesteps [B, F] (0..1000) -> embedding [B, F, dim] and modulation [B, F, 6, dim]."""
@@ -246,7 +270,8 @@ class WanModel(nn.Module):
             0, 1, 3, 5, 2, 4, 6
         )
         x = x.reshape(batch, frames, rows * columns, channels * 4)
-        x = F.linear(x, self.patch_embedding.weight.flatten(1), self.patch_embedding.bias)
+        weight = self.patch_embedding.weight.flatten(1)
+        x = F.linear(x.to(weight.dtype), weight, self.patch_embedding.bias)
 
         embedding, modulation = time
         new: list[KeyValue] = []

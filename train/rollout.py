@@ -3,7 +3,8 @@
 The loop itself runs without gradients. What a student update needs is the last denoising pass of each
 block; those passes depend on each other only through cached keys and values, which carry no gradient. So
 they run again as *one* forward pass over all blocks, each block seeing exactly the cached frames it saw in
-the loop: same result, one graph of fixed shape.
+the loop: same result, one graph of fixed shape. Where the mask that this takes would be large, they run one
+block after another instead, which needs none.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from train.losses import flow_to_x0, noisy_latents
 from train.model import KeyValue, WanModel, make_rope
 
 Renoise = Callable[[int, int, Tensor], Tensor]
+LARGEST_MASK = 1 << 26  # entries; the tiny world's has 4e5, Wan2.1's at 832x480 would have 2e9
 
 
 @dataclass(slots=True)
@@ -85,7 +87,9 @@ def rollout(
 
     def time_of(timestep: float) -> tuple[Tensor, Tensor]:
         if timestep not in times:
-            times[timestep] = model.embed_time(torch.full((1, block_frames), timestep))
+            times[timestep] = model.embed_time(
+                torch.full((1, block_frames), timestep, device=noise.device)
+            )
         return times[timestep]
 
     for block in range(frames // block_frames):
@@ -95,10 +99,7 @@ def rollout(
         past = None
         if start:
             seen = attended_frames(cache, start)
-            past = kv
-            if len(seen) < start:
-                index = frame_tokens(seen, tokens)
-                past = [KeyValue(layer.k[index], layer.v[index]) for layer in kv]
+            past = _seen(kv, seen, start, tokens)
         if initial is not None and start < initial.shape[1]:
             x0 = initial[:, span]
             last_steps.append(Step(0.0, 0.0))
@@ -107,9 +108,9 @@ def rollout(
             plan = schedule.steps(steps_per_block[block])
             for i, step in enumerate(plan):
                 flow, _ = model.denoise(x, time_of(step.timestep), prompt, rope, past)
-                x0 = flow_to_x0(flow.to(x.dtype), x, torch.tensor([step.sigma]))
+                x0 = flow_to_x0(flow.to(x.dtype), x, torch.tensor([step.sigma], device=x.device))
                 if i + 1 < len(plan):
-                    level = torch.tensor([plan[i + 1].sigma])
+                    level = torch.tensor([plan[i + 1].sigma], device=x.device)
                     x = noisy_latents(x0, renoise(block, i, x0), level)
             last_inputs[:, span] = x
             last_steps.append(plan[-1])
@@ -124,6 +125,14 @@ def rollout(
             else new
         )
     return Rollout(latents, last_inputs, last_steps, kv, positions)
+
+
+def _seen(kv: list[KeyValue], frames: list[int], start: int, tokens: int) -> list[KeyValue]:
+    """The cached `frames` out of those before frame `start`."""
+    if len(frames) == start:
+        return [KeyValue(layer.k[: start * tokens], layer.v[: start * tokens]) for layer in kv]
+    index = frame_tokens(frames, tokens).to(kv[0].k.device)
+    return [KeyValue(layer.k[index], layer.v[index]) for layer in kv]
 
 
 def attention_mask(
@@ -161,11 +170,26 @@ def last_passes(
     inputs = done.last_inputs[:, first : first + frames]
     size = cache.block_frames
     steps = done.last_steps[first // size : (first + frames) // size]
-    timesteps = torch.tensor([s.timestep for s in steps]).repeat_interleave(size)[None]
-    sigma = torch.tensor([s.sigma for s in steps]).repeat_interleave(size)[None]
+    device = inputs.device
+    timesteps = torch.tensor([s.timestep for s in steps], device=device).repeat_interleave(size)
+    sigma = torch.tensor([s.sigma for s in steps], device=device).repeat_interleave(size)[None]
     token_hw = (inputs.shape[3] // 2, inputs.shape[4] // 2)
     tokens = token_hw[0] * token_hw[1]
-    rope = make_rope(model.config, done.positions[first : first + frames], token_hw, inputs.device)
-    mask = attention_mask(cache, len(done.positions), first, frames, tokens)
-    flow, _ = model.denoise(inputs, model.embed_time(timesteps), prompt, rope, done.kv, mask)
+    positions = done.positions[first : first + frames]
+
+    def flow_of(span: slice, past: list[KeyValue] | None, mask: Tensor | None) -> Tensor:
+        time = model.embed_time(timesteps[None, span])
+        rope = make_rope(model.config, positions[span], token_hw, device)
+        return model.denoise(inputs[:, span], time, prompt, rope, past, mask)[0]
+
+    if frames * tokens * (len(done.positions) + frames) * tokens <= LARGEST_MASK:
+        mask = attention_mask(cache, len(done.positions), first, frames, tokens).to(device)
+        flow = flow_of(slice(0, frames), done.kv, mask)
+    else:
+        flows = []
+        for begin in range(0, frames, size):
+            start = first + begin
+            past = _seen(done.kv, attended_frames(cache, start), start, tokens) if start else None
+            flows.append(flow_of(slice(begin, begin + size), past, None))
+        flow = torch.cat(flows, dim=1)
     return flow_to_x0(flow.to(inputs.dtype), inputs, sigma)

@@ -2,34 +2,42 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from tqdm import tqdm
 
 from asd_rt.errors import CheckpointError, ConfigError
 from train.curves import Curves
+from train.parallel import SINGLE, Parallel
+from train.sharded import folders, load_sharded, read_mark, save_sharded
 
 log = logging.getLogger(__name__)
-SAVE_EVERY_S = 60.0
 PREVIEW_EVERY_S = 300.0
 
 
 class Stage(ABC):
     """One stage of training. All randomness of step i derives from (seed, stage, i), so a resumed stage
-    goes on exactly where it was.
+    goes on exactly where it was. What micro-batches other than the first draw derives from their number too.
+
+    Attributes:
+        name: of the stage, its section in the configuration and its checkpoints.
+        steps: in all.
+        parallel: the processes that train it.
     """
 
     name: str
     steps: int
+    parallel: Parallel = SINGLE
 
     @abstractmethod
     def step(self, index: int) -> dict[str, float]:
@@ -37,15 +45,18 @@ class Stage(ABC):
 
     @abstractmethod
     def state(self) -> dict[str, Any]:
-        """Everything that `load` needs to go on."""
+        """Everything that `load` needs to go on: nested dictionaries of tensors."""
 
     @abstractmethod
     def load(self, state: dict[str, Any]) -> None:
         """Take up a state saved by `state`."""
 
 
-def step_generator(seed: int, stage: str, index: int) -> torch.Generator:
-    """The random stream of one training step."""
+def step_generator(seed: int, stage: str, index: int, share: int = 0) -> torch.Generator:
+    """The random stream of one micro-batch (`share`) of a training step."""
+    if share:
+        key = hashlib.sha256(f"{seed} {stage} {index} {share}".encode()).digest()[:8]
+        return torch.Generator().manual_seed(int.from_bytes(key, "little") >> 1)
     salt = sum(ord(c) << (8 * (i % 3)) for i, c in enumerate(stage))
     return torch.Generator().manual_seed((seed * 1_000_003 + salt) * 1_000_003 + index)
 
@@ -78,80 +89,132 @@ def load_torch(path: Path) -> dict[str, Any]:
     return state
 
 
+class Checkpoints:
+    """Where a stage's checkpoints are: one file RUN/<stage>.pt, or sharded ones in RUN/<stage>/."""
+
+    def __init__(self, run_dir: Path, name: str, sharded: bool) -> None:
+        self.sharded = sharded
+        self.place = run_dir / name if sharded else run_dir / f"{name}.pt"
+
+    def latest(self) -> tuple[Path, Mapping[str, Any]] | None:
+        """The newest checkpoint, and its `fingerprint` and `step`; None where there is none.
+
+        Raises:
+            CheckpointError: it is damaged.
+        """
+        if self.sharded:
+            found = folders(self.place)
+            return (found[-1], read_mark(found[-1])) if found else None
+        return (self.place, load_torch(self.place)) if self.place.exists() else None
+
+    def finished(self, fingerprint: str, steps: int) -> Path:
+        """The checkpoint of a stage that is through with its `steps`.
+
+        Raises:
+            ConfigError: it is not there, of another configuration, or of an earlier step.
+        """
+        found, name = self.latest(), self.place.stem
+        if found is None:
+            raise ConfigError(
+                f"{self.place}: missing; run the stage {name} first (--stages {name})"
+            )
+        path, mark = found
+        if mark["fingerprint"] != fingerprint:
+            raise ConfigError(
+                f"{path}: made with another configuration or seed; delete it to train it again"
+            )
+        if mark["step"] < steps:
+            raise ConfigError(
+                f"{path}: only {mark['step']} of {steps} steps are done; "
+                f"run again with --resume --stages {name} first"
+            )
+        return path
+
+    def load(self, path: Path, state: dict[str, Any]) -> dict[str, Any]:
+        """The state in a checkpoint; of shards, the tensors of `state`, which are overwritten."""
+        if not self.sharded:
+            return dict(load_torch(path)["stage"])
+        load_sharded(path, state)
+        return state
+
+    def save(self, fingerprint: str, step: int, state: dict[str, Any], parallel: Parallel) -> None:
+        if self.sharded:
+            save_sharded(self.place, fingerprint, step, state, parallel)
+        else:
+            save_torch({"fingerprint": fingerprint, "step": step, "stage": state}, self.place)
+
+
 def run_stage(
-    stage: Stage, run_dir: Path, fingerprint: str, preview: Callable[[int], None] | None = None
+    stage: Stage,
+    run_dir: Path,
+    fingerprint: str,
+    preview: Callable[[int], None] | None = None,
+    sharded: bool = False,
 ) -> None:
-    """Run `stage` to its end, resuming from `run_dir`/<name>.pt where that exists.
+    """Run `stage` to its end, resuming from its newest checkpoint in `run_dir` where there is one.
 
     Args:
         stage: what to train.
         run_dir: where checkpoints and curves go.
         fingerprint: hash of configuration and seed; a checkpoint of another one is refused.
         preview: called with the steps done every few minutes, to show what the stage can do.
+        sharded: keep checkpoints in shards, as more than one process needs it.
     """
-    path = run_dir / f"{stage.name}.pt"
-    start = 0
-    if path.exists():
-        saved = load_torch(path)
-        if saved.get("fingerprint") != fingerprint:
+    parallel, checkpoints, start = stage.parallel, Checkpoints(run_dir, stage.name, sharded), 0
+    found = checkpoints.latest()
+    if found is not None:
+        path, mark = found
+        if mark.get("fingerprint") != fingerprint:
             raise ConfigError(
                 f"{path}: made with another configuration or seed; use another --out, or delete {run_dir}"
             )
-        start = int(saved["step"])
-        stage.load(saved["stage"])
+        start = int(mark["step"])
         if start < stage.steps:
+            stage.load(checkpoints.load(path, stage.state() if sharded else {}))
             log.info("%s: resumed at step %d of %d", stage.name, start, stage.steps)
     if start >= stage.steps:
         return
 
-    def save(done: int) -> None:
-        save_torch({"fingerprint": fingerprint, "step": done, "stage": stage.state()}, path)
-
     last_save = last_preview = time.monotonic()
-    bar = tqdm(total=stage.steps, initial=start, desc=stage.name, unit="step", mininterval=1.0)
-    with Curves(run_dir, stage.name, start, stage.steps) as curves, bar:
+    with ExitStack() as stack:
+        curves = None
+        if parallel.first:
+            curves = stack.enter_context(Curves(run_dir, stage.name, start, stage.steps))
+        bar = stack.enter_context(
+            tqdm(
+                total=stage.steps,
+                initial=start,
+                desc=stage.name,
+                unit="step",
+                mininterval=1.0,
+                disable=not parallel.first,
+            )
+        )
+
+        def save(done: int) -> None:
+            checkpoints.save(fingerprint, done, stage.state(), parallel)
+            if curves is not None:
+                curves.flush()
+
         for index in range(start, stage.steps):
             began = time.perf_counter()
             figures = stage.step(index)
             if not all(math.isfinite(v) for v in figures.values()):
+                kept = checkpoints.latest()
+                last = f"the last checkpoint is {kept[0]}" if kept else "there is no checkpoint yet"
                 raise CheckpointError(
-                    f"{stage.name} step {index}: a figure is not finite ({figures}); the checkpoint {path} "
-                    "is of an earlier step; lower the learning rate and run again with --resume"
+                    f"{stage.name} step {index}: a figure is not finite ({figures}); {last}; lower the "
+                    "learning rate and run again with --resume"
                 )
-            seconds = time.perf_counter() - began
-            curves.add(index, seconds, figures)
+            if curves is not None:
+                curves.add(index, time.perf_counter() - began, figures)
             bar.update()
             if index % 10 == 0:
                 bar.set_postfix({k: f"{v:.3f}" for k, v in figures.items()}, refresh=False)
             if preview is not None and time.monotonic() - last_preview > PREVIEW_EVERY_S:
                 preview(index + 1)
                 last_preview = time.monotonic()
-            if time.monotonic() - last_save > SAVE_EVERY_S:
+            if parallel.agree(time.monotonic() - last_save > 60 * parallel.settings.save_minutes):
                 save(index + 1)
-                curves.flush()
                 last_save = time.monotonic()
         save(stage.steps)
-        curves.flush()
-
-
-class Ema:
-    """Exponential moving average of a network's parameters, float32."""
-
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        self.decay = decay
-        self.values = {k: p.detach().clone() for k, p in model.named_parameters()}
-
-    @torch.no_grad()
-    def update(self, model: nn.Module, decay: float | None = None) -> None:
-        weight = 1 - (self.decay if decay is None else decay)
-        torch._foreach_lerp_(
-            list(self.values.values()), [p.detach() for p in model.parameters()], weight
-        )
-
-
-def warmup_cosine(index: int, steps: int, warmup: int, floor: float = 0.02) -> float:
-    """Learning-rate factor: linear rise over `warmup`, then half a cosine down to `floor`."""
-    if index < warmup:
-        return (index + 1) / warmup
-    progress = (index - warmup) / max(1, steps - warmup)
-    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))

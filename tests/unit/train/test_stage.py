@@ -16,8 +16,12 @@ from train.codec import LinearCodec, VocabularyEncoder
 from train.config import TrainConfig, fingerprint, load_config
 from train.distill import DistillStage
 from train.model import WanModel
-from train.stage import Ema, Stage, run_stage, save_torch, step_generator, warmup_cosine
+from train.optimizers import Ema, warmup_cosine
+from train.parallel import SINGLE, Parallel
+from train.pipeline import start_networks
+from train.stage import Stage, run_stage, save_torch, step_generator
 from train.teacher import TeacherStage
+from train.tiny_data import TinyData
 
 CONFIG = Path(__file__).parents[3] / "train" / "configs" / "tiny.toml"
 
@@ -31,7 +35,7 @@ def config() -> TrainConfig:
     )
 
 
-def make(name: str, config: TrainConfig) -> Stage:
+def make(name: str, config: TrainConfig, parallel: Parallel = SINGLE) -> Stage:
     torch.manual_seed(0)
     codec, text = LinearCodec(8), VocabularyEncoder(32)
     from train.tiny_world import TinyWorld
@@ -40,13 +44,16 @@ def make(name: str, config: TrainConfig) -> Stage:
     network = WanModel(config.model)
     torch.nn.init.normal_(network.head.head.weight, std=0.1)  # zero at first: nothing would flow
     weights = network.state_dict()
+    data = TinyData(config, codec, text)
     if name == "classifier":
         return ClassifierStage(config, 0, codec)
     if name == "teacher":
-        return TeacherStage(config, 0, codec, text)
+        torch.manual_seed(0)
+        return TeacherStage(config, 0, data, WanModel(config.model), parallel)
     if name == "init":
-        return InitStage(config, 0, codec, text, weights)
-    return DistillStage(config, 0, text, weights, weights, (8, 8))
+        return InitStage(config, 0, data, network, parallel)
+    networks = start_networks(config, 0, weights, weights)
+    return DistillStage(config, 0, data, networks, parallel)
 
 
 @pytest.mark.parametrize("name", ["classifier", "teacher", "init", "distill"])
@@ -159,9 +166,9 @@ def test_a_distillation_step_trains_every_weight(config: TrainConfig) -> None:
     assert isinstance(stage, DistillStage)
     for index in range(3):
         stage.step(index)
-        for name, parameter in stage.student.named_parameters():
-            assert parameter.grad is not None, name
-            assert parameter.grad.abs().max() > 0, name
-        for name, parameter in stage.critic.named_parameters():
-            assert parameter.grad is not None, name
-    assert all(p.grad is None for p in stage.teacher.parameters())
+        for name, state in stage.state()["optimizers"]["student"].items():
+            assert state["step"] == index + 1, name
+            assert state["exp_avg_sq"].abs().max() > 0, name
+        for name, state in stage.state()["optimizers"]["critic"].items():
+            assert state["step"] == (index + 1) * config.distill.critic_updates, name
+    assert all(p.grad is None for p in stage.networks.teacher.parameters())
