@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
+import os
 import sys
 import time
 from pathlib import Path
@@ -19,15 +21,17 @@ EXAMPLES = """examples:
       every stage for a few steps, under 3 minutes: does it run?
   python -m train --config train/configs/tiny.toml --out runs/tiny --resume --stages evaluate
       score again
+  python -m train --config train/configs/wan_1_3b_asd.toml --dry-run --world-size 8
+      check every file, and say what a step takes of 8 GPUs
+  torchrun --nproc-per-node 8 -m train --config train/configs/wan_1_3b_asd.toml --out runs/wan
+      distil Wan2.1 on the 8 GPUs of a machine
 
-The student is written to OUT/student, with a model card; build it with
+The student is written to OUT/student; build it with
   python -m export.build --steps 1 --checkpoint OUT/student
 """
 
 
 def _parser() -> argparse.ArgumentParser:
-    from train.pipeline import STAGES
-
     parser = argparse.ArgumentParser(
         prog="python -m train",
         description="Train teacher, causal initialisation and distilled student (DMD + ASD).",
@@ -35,61 +39,117 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", type=Path, required=True, help="TOML file, see train/configs/")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the run")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="SECTION.KEY=VALUE",
+        dest="changes",
+        help="change a setting of the file; may be given often",
+    )
+    parser.add_argument("--out", type=Path, help="folder of the run")
     parser.add_argument("--seed", type=int, default=0, help="seed of everything (default 0)")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
     parser.add_argument(
         "--smoke", action="store_true", help="a few steps a stage, to test the code"
     )
     parser.add_argument(
-        "--stages", default=",".join(STAGES), help=f"comma-separated, of {','.join(STAGES)}"
+        "--stages",
+        help="comma-separated, of classifier, teacher, init, distill, evaluate; default: all that the "
+        "configuration has",
     )
     parser.add_argument(
         "--threads", type=int, default=0, help="CPU threads (default: usable cores)"
     )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="train nothing: check every file, and print memory, tokens and FLOPs of a step",
+    )
+    parser.add_argument(
+        "--world-size", type=int, default=1, metavar="N", help="processes of a dry run (default 1)"
+    )
+    parser.add_argument("--json", action="store_true", help="print the dry run as JSON")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
 
+def _stages(text: str | None, known: tuple[str, ...]) -> list[str]:
+    if text is None:
+        return list(known)
+    stages = [name.strip() for name in text.split(",") if name.strip()]
+    unknown = [name for name in stages if name not in known]
+    if unknown or not stages:
+        raise ConfigError(
+            f"--stages: unknown {', '.join(unknown) or 'empty list'}; known: {', '.join(known)}"
+        )
+    return stages
+
+
+def _dry_run(args: argparse.Namespace) -> None:
+    """Print what a distillation step takes, then check what it reads."""
+    from train.config import ParallelConfig, load_config
+    from train.dry_run import as_document, describe, make_plan
+    from train.parallel import check_ranks
+    from train.real_inputs import check_inputs
+    from train.tiny_data import LATENT_HW
+
+    config = load_config(args.config, args.changes)
+    check_ranks(config.parallel or ParallelConfig(), args.world_size)
+    latent_hw = LATENT_HW if config.data is None else config.data.latent_hw
+    plan = make_plan(config, latent_hw, args.world_size)
+    print(json.dumps(as_document(plan)) if args.json else describe(plan))
+    if config.data is not None:
+        check_inputs(config, args.world_size)
+
+
+def _train(args: argparse.Namespace) -> None:
+    from train import pipeline, real_models
+    from train.config import load_config
+
+    if args.out is None:
+        raise ConfigError("--out is missing: name the folder of the run")
+    if args.seed < 0:
+        raise ConfigError(f"--seed must be a whole number >= 0, found {args.seed}")
+    config = load_config(args.config, args.changes)
+    if args.smoke:
+        config = config.smoke()
+    began = time.monotonic()
+    common = {
+        "seed": args.seed,
+        "resume": args.resume,
+        "threads": args.threads,
+    }
+    if config.data is not None:
+        stages = _stages(args.stages, real_models.stages_of(config))
+        real_models.run(config, args.out, stages=stages, **common)
+    else:
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            raise ConfigError("the tiny world trains in one process; start it without torchrun")
+        stages = _stages(args.stages, pipeline.STAGES)
+        command = f"python -m train --config {args.config} --seed {args.seed}"
+        command += "".join(f" --set {change}" for change in args.changes)
+        command += " --smoke" if args.smoke else ""
+        pipeline.run(config, args.out, stages=stages, command=command, **common)
+    if int(os.environ.get("RANK", 0)) == 0:
+        minutes = (time.monotonic() - began) / 60
+        logging.info("done in %.1f minutes; student: %s", minutes, args.out / "student")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    parser = _parser()
-    args = parser.parse_args(argv)
+    args = _parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
-        from train.config import load_config
-        from train.pipeline import STAGES, run
-
-        stages = [name.strip() for name in args.stages.split(",") if name.strip()]
-        unknown = [name for name in stages if name not in STAGES]
-        if unknown or not stages:
-            parser.error(
-                f"--stages: unknown {', '.join(unknown) or 'empty list'}; known: {', '.join(STAGES)}"
-            )
-        if args.seed < 0:
-            raise ConfigError(f"--seed must be a whole number >= 0, found {args.seed}")
-        config = load_config(args.config)
-        began = time.monotonic()
-        run(
-            config.smoke() if args.smoke else config,
-            args.out,
-            seed=args.seed,
-            stages=stages,
-            resume=args.resume,
-            threads=args.threads,
-            command="python -m train "
-            + f"--config {args.config} --seed {args.seed}"
-            + (" --smoke" if args.smoke else ""),
-        )
-        logging.info(
-            "done in %.1f minutes; student: %s",
-            (time.monotonic() - began) / 60,
-            args.out / "student",
-        )
+        if args.dry_run:
+            _dry_run(args)
+        else:
+            _train(args)
     except AsdError as error:
         if args.debug:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted; go on with --resume", file=sys.stderr)

@@ -23,7 +23,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,10 @@ from train.model import WanModel
 
 WEIGHTS = "model.safetensors"
 FILES = (CONFIG, WEIGHTS, DEPLOYMENT, CODEC, TEXT)
+SHAPE_KEYS = (
+    "dim", "ffn_dim", "freq_dim", "text_dim", "text_len", "in_dim", "out_dim", "num_heads", "num_layers",
+    "eps",
+)  # fmt: skip
 log = logging.getLogger("train.checkpoint")
 
 
@@ -150,6 +154,38 @@ def _look(place: Place) -> _Found:
     if place.folder is None and SHARD.search(place.path.name):
         note += "this is one shard of several, give the folder; "
     return _Found(contents, stored, config, origin, note)
+
+
+def open_weights(
+    path: Path | str, config: ModelConfig, name: str
+) -> dict[str, Callable[[], Tensor]]:
+    """What reads each weight of a network of `config`; nothing is read before, and no hash is taken.
+
+    Args:
+        path: as in `load_checkpoint`.
+        config: the network that is expected.
+        name: of the setting that expects it, for errors.
+
+    Raises:
+        CheckpointError: it cannot be opened, or is of another shape.
+        ConfigError: its config.json has unknown keys or impossible values.
+    """
+    place = locate(Path(path))
+    found = _look(place)
+    shapes = {key: t.shape for key, t in found.stored.items()}
+    types = {key: tensor.dtype for key, tensor in found.stored.items()}
+    check_shapes(str(place.path), shapes, weight_shapes(found.config), types, found.note)
+    differing = [
+        f"{key} {getattr(found.config, key)} (expected {getattr(config, key)})"
+        for key in SHAPE_KEYS
+        if getattr(found.config, key) != getattr(config, key)
+    ]
+    if differing:
+        raise CheckpointError(
+            f"{name} {path}: is a network of another shape: {', '.join(differing)}; name another, or say its "
+            "shape in the configuration"
+        )
+    return {key: found.stored[key].read for key in shapes}
 
 
 def describe_checkpoint(path: Path | str) -> Checkpoint:

@@ -8,6 +8,7 @@ import logging
 import re
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -45,6 +46,12 @@ def _seed(text: str) -> int:
     return int(text)
 
 
+def _layers(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number >= 1, found {text!r}")
+    return int(text)
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The command line of `python -m train.checkpoint`."""
     parser = Parser(
@@ -57,6 +64,9 @@ def make_parser() -> argparse.ArgumentParser:
     random = commands.add_parser("random", help="random weights in a real format")
     random.add_argument("--config", choices=CONFIGS, required=True, help="which network")
     random.add_argument("--seed", type=_seed, default=0, metavar="N", help="default 0")
+    random.add_argument(
+        "--layers", type=_layers, metavar="N", help="a network of only N layers (default: all)"
+    )
     convert = commands.add_parser("convert", help="a checkpoint in another format")
     convert.add_argument(
         "source", type=Path, metavar="IN", help="a checkpoint: a folder or one file"
@@ -91,7 +101,9 @@ def write(args: argparse.Namespace) -> None:
     """
     dtype = None if args.dtype is None else DTYPES[args.dtype]
     if args.command == "random":
-        source = random_source(CONFIGS[args.config], dtype or torch.bfloat16, args.seed)
+        config = CONFIGS[args.config]
+        config = replace(config, num_layers=args.layers or config.num_layers)
+        source = random_source(config, dtype or torch.bfloat16, args.seed)
         write_checkpoint(args.out, args.layout, source, args.shard_size)
         return
     checkpoint = load_checkpoint(args.source)

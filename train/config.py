@@ -213,7 +213,9 @@ class TrainConfig:
             missing = [name for name in tiny if getattr(self, name) is None]
             if missing:
                 raise ConfigError(f"missing {', '.join(missing)} (or [data], for real networks)")
-            extra = [n for n in ("teacher_model", "weights") if getattr(self, n) is not None]
+            extra = [
+                n for n in ("teacher_model", "weights", "parallel") if getattr(self, n) is not None
+            ]
             if extra:
                 raise ConfigError(f"{', '.join(extra)}: only for real networks, which need [data]")
             return
@@ -372,6 +374,6 @@ def fingerprint(config: TrainConfig, seed: int, stage: str) -> str:
     # What came later counts where it is there, so that older runs go on.
     later = {name: settings[name] for name in ("teacher_model", "data", "weights")}
     used |= {name: value for name, value in later.items() if value is not None}
-    if config.parallel is not None and stage != "classifier":
+    if config.parallel is not None:
         used["micro_batches"] = config.parallel.micro_batches
     return hashlib.sha256(json.dumps(used, sort_keys=True).encode()).hexdigest()[:16]

@@ -58,6 +58,15 @@ class Data(ABC):
         """Clips for the causal initialisation, init.frames long."""
 
     @abstractmethod
+    def ode_batch(self, index: int, share: int) -> tuple[Tensor, Tensor, Tensor]:
+        """What a teacher's sampling passed through, for the causal initialisation instead of clips.
+
+        Returns:
+            its states at the student's noise levels [B, 4, F, C, h, w], its ends [B, F, C, h, w], and the
+            prompts [B, tokens, text_dim].
+        """
+
+    @abstractmethod
     def draw_prompts(self, index: int, share: int, generator: torch.Generator) -> Tensor:
         """Which prompts a distillation step rolls out: int64 [B, ...]."""
 

@@ -49,6 +49,8 @@ class Share:
 
     def noise(self, shape: torch.Size | tuple[int, ...], device: torch.device) -> Tensor:
         """Gaussian noise; it is drawn on the CPU, so that it is the same on any machine."""
+        if device.type == "meta":
+            return torch.empty(shape, device=device)
         return torch.randn(shape, generator=self.generator).to(device)
 
 

@@ -8,7 +8,7 @@ processes. Under torchrun networks are sharded by FSDP2; a process on its own ke
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -107,18 +107,19 @@ class Parallel:
             for method in ("embed_prompt", "embed_time", "denoise"):
                 register_fsdp_forward_method(network, method)
 
-    def fill(self, network: nn.Module, weights: Mapping[str, Tensor], dtype: torch.dtype) -> None:
-        """Give a prepared network on the meta device its weights; each process keeps its own part of them."""
+    def fill(self, network: nn.Module, weights: Mapping[str, Callable[[], Tensor]]) -> None:
+        """Give a prepared network on the meta device its weights, one by one.
+
+        Each process reads all of them and keeps its own part, in the network's type.
+        """
         placed = {}
         for name, parameter in network.named_parameters():
+            # A copy: optimizers write into it, and files stay mapped.
+            weight = weights[name]().to(self.device, parameter.dtype, copy=True)
             if isinstance(parameter, DTensor):
-                whole = weights[name].to(self.device, dtype)
-                placed[name] = distribute_tensor(
-                    whole, parameter.device_mesh, parameter.placements, src_data_rank=None
-                )
-            else:
-                # A copy: optimizers write into it, and files stay mapped.
-                placed[name] = weights[name].to(self.device, dtype, copy=True)
+                mesh, placements = parameter.device_mesh, parameter.placements
+                weight = distribute_tensor(weight, mesh, placements, src_data_rank=None)
+            placed[name] = weight
         network.load_state_dict(placed, assign=True)
 
     @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from asd_rt.errors import ConfigError, OutputError
 from asd_rt.schedule import MAX_STEPS, Schedule
 from train.causal_init import InitStage
 from train.checkpoint import Deployment, save_checkpoint
@@ -19,7 +21,6 @@ from train.classifier import Classifier, ClassifierStage
 from train.codec import LinearCodec, VocabularyEncoder
 from train.config import TrainConfig, fingerprint
 from train.curves import CURVE, read_curve, write_page
-from train.discriminator import Discriminator
 from train.distill import DistillStage
 from train.evaluate import (
     STUDENT_PLANS,
@@ -32,18 +33,15 @@ from train.evaluate import (
     teacher_sampler,
 )
 from train.model import WanModel
-from train.parallel import Parallel, processes
 from train.pictures import contact_sheet
-from train.run_folder import open_run
-from train.scoring import Networks, feature_layers
-from train.stage import Checkpoints, Stage, run_stage
+from train.scoring import start_networks
+from train.stage import Stage, load_torch, run_stage
 from train.teacher import TeacherStage
 from train.tiny_data import LATENT_HW, TinyData
 from train.tiny_world import FPS, TinyWorld, random_labels, vocabulary
 
 log = logging.getLogger(__name__)
 STAGES = ("classifier", "teacher", "init", "distill", "evaluate")
-ALONE = ("classifier", "evaluate")  # done by one process
 TEACHER_STEPS = 30
 DISPLAY_SCALE = 8
 SHEET_PROMPTS = 12
@@ -73,74 +71,61 @@ def run(
         ConfigError: `out` holds a run and `resume` is not set, or a stage's input is missing.
         OutputError: `out` cannot be written.
     """
-    with processes(config.parallel) as parallel:
-        open_run(out, resume, threads, parallel)
-        _run(config, out, seed, stages, command, parallel)
-
-
-def _run(
-    config: TrainConfig,
-    out: Path,
-    seed: int,
-    stages: list[str],
-    command: str,
-    parallel: Parallel,
-) -> None:
+    torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
+    if not resume and any(out.glob("*.pt")):
+        raise ConfigError(
+            f"{out} already holds a run; go on with it by --resume, or name another --out"
+        )
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{out}: cannot be created ({error}); name another --out") from error
     codec = LinearCodec(config.model.in_dim)
     lost = codec.fit(TinyWorld("train"), seed)
-    if parallel.first:
-        share = 100 * lost
-        log.info("codec: %d channels lose %.2f %% of the frames' variance", codec.channels, share)
+    log.info("codec: %d channels lose %.2f %% of the frames' variance", codec.channels, 100 * lost)
     text = VocabularyEncoder(config.model.text_dim)
-    world = _World(config, out, seed, codec, text, parallel)
+    world = _World(config, out, seed, codec, text)
     for name in STAGES:
         if name not in stages:
             continue
-        if name in ALONE:
-            if parallel.first and name == "evaluate":
-                _evaluate(world, command)
-            elif parallel.first:
-                run_stage(_make_stage(name, world), out, fingerprint(config, seed, name))
-            parallel.wait()
+        if name == "evaluate":
+            _evaluate(world, command)
             continue
         stage = _make_stage(name, world)
-        # Pictures need whole weights, which no process has where there are several.
-        preview = _previewer(world, stage) if parallel.mesh is None else None
-        run_stage(stage, out, fingerprint(config, seed, name), preview, world.sharded(name))
-        if parallel.first:
+        preview = None if name == "classifier" else _previewer(world, stage)
+        run_stage(stage, out, fingerprint(config, seed, name), preview)
+        if name != "classifier":
             _sheet(world, name, world.network(name), f"samples_{name}.png")
-        parallel.wait()
-    if parallel.first:
-        write_page(out, read_curve(out / CURVE), {})
+    write_page(out, read_curve(out / CURVE), {})
 
 
 class _World:
     """What all stages of a run share."""
 
     def __init__(
-        self,
-        config: TrainConfig,
-        out: Path,
-        seed: int,
-        codec: LinearCodec,
-        text: VocabularyEncoder,
-        parallel: Parallel,
+        self, config: TrainConfig, out: Path, seed: int, codec: LinearCodec, text: VocabularyEncoder
     ) -> None:
         self.config, self.out, self.seed, self.codec, self.text = config, out, seed, codec, text
-        self.parallel, self.schedule = parallel, Schedule(config.timestep_shift)
-        self.data = TinyData(config, codec, text)
-
-    def sharded(self, stage: str) -> bool:
-        """Whether the checkpoints of `stage` are in shards."""
-        return self.config.parallel is not None and stage not in ALONE
+        self.schedule = Schedule(config.timestep_shift)
 
     def finished(self, stage: str, key: str) -> dict[str, Any]:
         """Part `key` of a finished stage's state."""
-        network = Classifier() if stage == "classifier" else WanModel(self.config.model)
-        checkpoints = Checkpoints(self.out, stage, self.sharded(stage))
-        mark = fingerprint(self.config, self.seed, stage)
-        path = checkpoints.finished(mark, getattr(self.config, stage).steps)
-        return checkpoints.load(path, {key: network.state_dict()})[key]
+        path = self.out / f"{stage}.pt"
+        if not path.exists():
+            raise ConfigError(f"{path}: missing; run the stage {stage} first (--stages {stage})")
+        saved = load_torch(path)
+        if saved["fingerprint"] != fingerprint(self.config, self.seed, stage):
+            raise ConfigError(
+                f"{path}: made with another configuration or seed; delete it to train it again"
+            )
+        total = getattr(self.config, stage).steps
+        if saved["step"] < total:
+            raise ConfigError(
+                f"{path}: only {saved['step']} of {total} steps are done; "
+                f"run again with --resume --stages {stage} first"
+            )
+        values: dict[str, Any] = saved["stage"][key]
+        return values
 
     def network(self, stage: str) -> WanModel:
         """The averaged network of a finished stage, for sampling."""
@@ -153,33 +138,17 @@ def _make_stage(name: str, world: _World) -> Stage:
     config, seed = world.config, world.seed
     if name == "classifier":
         return ClassifierStage(config, seed, world.codec)
-    torch.manual_seed(seed)
+    data = TinyData(config, world.codec, world.text)
     if name == "teacher":
-        network = WanModel(config.model)
-        world.parallel.prepare(network)
-        return TeacherStage(config, seed, world.data, network, world.parallel)
-    weights = world.finished("teacher", "ema")
+        torch.manual_seed(seed)
+        return TeacherStage(config, seed, data, WanModel(config.model))
+    teacher = world.finished("teacher", "ema")
     if name == "init":
         network = WanModel(config.model)
-        network.load_state_dict(weights)
-        world.parallel.prepare(network)
-        return InitStage(config, seed, world.data, network, world.parallel)
-    networks = start_networks(config, seed, weights, world.finished("init", "ema"))
-    for network in (networks.student, networks.critic, networks.discriminator, networks.teacher):
-        world.parallel.prepare(network)
-    return DistillStage(config, seed, world.data, networks, world.parallel)
-
-
-def start_networks(
-    config: TrainConfig, seed: int, teacher: dict[str, Tensor], student: dict[str, Tensor]
-) -> Networks:
-    """The networks that the distillation starts from; the critic is the teacher at first."""
-    torch.manual_seed(seed)
-    networks = [WanModel(config.model) for _ in range(3)]
-    for network, weights in zip(networks, (teacher, teacher, student), strict=True):
-        network.load_state_dict(weights)
-    discriminator = Discriminator(config.model.dim, len(feature_layers(config.model.num_layers)))
-    return Networks(networks[2], networks[1], discriminator, networks[0])
+        network.load_state_dict(teacher)
+        return InitStage(config, seed, data, network)
+    networks = start_networks(config.model, seed, teacher, world.finished("init", "ema"))
+    return DistillStage(config, seed, data, networks)
 
 
 def _previewer(world: _World, stage: Stage) -> Callable[[int], None]:

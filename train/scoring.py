@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from asd_rt.config import ModelConfig
 from train.config import TrainConfig
 from train.data import Contexts
 from train.discriminator import Discriminator
@@ -46,6 +48,18 @@ class Pair:
 def feature_layers(layers: int) -> list[int]:
     """Which of a teacher's layers the discriminator reads: one in the middle, and the last."""
     return sorted({layers // 2 - 1, layers - 1} & set(range(layers)))
+
+
+def start_networks(
+    config: ModelConfig, seed: int, teacher: Mapping[str, Tensor], student: Mapping[str, Tensor]
+) -> Networks:
+    """Networks of one shape on the CPU; the critic is the teacher at first."""
+    torch.manual_seed(seed)
+    models = [WanModel(config) for _ in range(3)]
+    for model, weights in zip(models, (teacher, teacher, student), strict=True):
+        model.load_state_dict(weights)
+    discriminator = Discriminator(config.dim, len(feature_layers(config.num_layers)))
+    return Networks(models[2], models[1], discriminator, models[0])
 
 
 def predict(

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from asd_rt.config import CacheConfig
+from asd_rt.errors import ConfigError
 from train.codec import PATCH, LinearCodec, VocabularyEncoder
 from train.config import TrainConfig
 from train.data import Batch, Contexts, Data
@@ -79,6 +80,9 @@ class TinyData(Data):
         clips = self.world.draw(settings.batch, shown[-1] + 1, generator)
         tokens = self._tokens(clips, generator)
         return Batch(self.codec.encode(clips.frames[:, shown]), self.text(tokens), positions)
+
+    def ode_batch(self, index: int, share: int) -> tuple[Tensor, Tensor, Tensor]:
+        raise ConfigError("data.ode_pairs: the tiny world has clips without end, and no pairs")
 
     def _tokens(
         self, clips: Clips, generator: torch.Generator, later: Tensor | None = None

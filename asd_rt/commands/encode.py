@@ -98,8 +98,8 @@ def _opened(
     return stack.enter_context(open_session(path, threads, device=device)).context
 
 
-def read_prompts(path: Path) -> list[str]:
-    """The lines of a text file that are not blank.
+def read_prompts(path: Path, name: str = "--prompts") -> list[str]:
+    """The lines of a text file that are not blank; `name` is of the setting that names it.
 
     Raises:
         ConfigError: it is absent, no UTF-8, or has none.
@@ -107,12 +107,12 @@ def read_prompts(path: Path) -> list[str]:
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except OSError as error:
-        raise ConfigError(f"--prompts {path}: cannot be read ({error.strerror})") from error
+        raise ConfigError(f"{name} {path}: cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
         raise ConfigError(
-            f"--prompts {path}: is not UTF-8 text (byte {error.start}); save it as UTF-8, one prompt a line"
+            f"{name} {path}: is not UTF-8 text (byte {error.start}); save it as UTF-8, one prompt a line"
         ) from error
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
-        raise ConfigError(f"--prompts {path}: holds no prompt; write one a line")
+        raise ConfigError(f"{name} {path}: holds no prompt; write one a line")
     return prompts

@@ -18,7 +18,7 @@ from train.distill import DistillStage
 from train.model import WanModel
 from train.optimizers import Ema, warmup_cosine
 from train.parallel import SINGLE, Parallel
-from train.pipeline import start_networks
+from train.scoring import start_networks
 from train.stage import Stage, run_stage, save_torch, step_generator
 from train.teacher import TeacherStage
 from train.tiny_data import TinyData
@@ -52,7 +52,7 @@ def make(name: str, config: TrainConfig, parallel: Parallel = SINGLE) -> Stage:
         return TeacherStage(config, 0, data, WanModel(config.model), parallel)
     if name == "init":
         return InitStage(config, 0, data, network, parallel)
-    networks = start_networks(config, 0, weights, weights)
+    networks = start_networks(config.model, 0, weights, weights)
     return DistillStage(config, 0, data, networks, parallel)
 
 

@@ -1,0 +1,104 @@
+"""A dry run: what a step takes is what it takes when it runs, and every problem with its files is said."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from tests.unit.train.real_toy import LATENT_HW, write_config, write_inputs
+from train.__main__ import main
+from train.clip_data import ClipData
+from train.config import load_config
+from train.distill import DistillStage
+from train.dry_run import _fixed, _step_flops, _tasks, make_plan
+from train.scoring import start_networks
+
+WAN = Path(__file__).parents[3] / "train" / "configs" / "wan_1_3b_asd.toml"
+
+
+def test_wan_1_3b_with_a_teacher_of_1_3b_and_of_14b() -> None:
+    """Random weights are enough, and none are made: everything is on the meta device."""
+    config = load_config(WAN)
+    plan = make_plan(config, config.data.latent_hw, 8)
+    assert plan.sizes["student"] == plan.sizes["critic"] == plan.sizes["teacher"] == 1_418_996_800
+    assert plan.tokens == 64 * 21 * 1560
+    assert plan.micro_batches == (64, 8)
+    memory = plan.memory
+    assert memory.kv_cache == 2 * 6_038_323_200  # of two rollouts; the runtime's is one of these
+    assert memory.optimizer == 8 * (2 * 1_418_996_800 + plan.sizes["discriminator"]) // 8
+    # Without checkpoints a layer keeps all of its intermediate results, with them its input alone.
+    assert memory.activations > 4 * memory.activations_checkpointed
+    # More denoising steps, more passes; one more teaches the step before it.
+    assert plan.flops_of[1] < plan.flops_of[2] < plan.flops_of[3]
+    # A pass over a clip: twice the weights a token, and attention beside it.
+    least = 2 * 1.4e9 * plan.tokens
+    assert 20 * least < plan.flops_of[1] < 200 * least
+
+
+def test_products_are_those_of_a_real_step(tmp_path: Path) -> None:
+    """Counted on the meta device over three shallow networks, against a real step of a deeper one."""
+    write_inputs(tmp_path)
+    config = load_config(write_config(tmp_path, parallel={"micro_batches": 1}))
+    config = replace(config, model=replace(config.model, num_layers=5))
+    for n, enhanced, long in _tasks(config):
+        fixed = _fixed(config, n, enhanced, long)
+        torch.manual_seed(0)
+        networks = start_networks(config.model, 0, *2 * [_weights(config.model)])
+        stage = DistillStage(fixed, 0, ClipData(fixed, 0), networks)
+        with FlopCounterMode(display=False) as counter:
+            stage.advance(0)
+        # Real attention with gradients is plain products on a CPU: the same number of them, but for those
+        # that a fused backward pass does once more.
+        found, real = _step_flops(fixed, LATENT_HW, False), counter.get_total_flops()
+        assert real <= found <= 1.05 * real, (n, enhanced)
+
+
+def _weights(model):  # type: ignore[no-untyped-def]
+    from train.model import WanModel
+
+    return WanModel(model).state_dict()
+
+
+def test_it_says_everything_and_checks_the_files(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_inputs(tmp_path)
+    config = str(write_config(tmp_path))
+    assert main(["--config", config, "--dry-run", "--world-size", "2"]) == 0
+    said = capsys.readouterr().out
+    for word in ("student", "FLOPs", "KV cache of rollouts", "optimizer", "sum", "tokens"):
+        assert word in said
+    assert main(["--config", config, "--dry-run", "--world-size", "2", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    memory = document["memory"]
+    assert memory["sum"] == sum(
+        v for k, v in memory.items() if k not in ("sum", "activations_checkpointed")
+    )
+    assert main(["--config", config, "--dry-run", "--world-size", "3"]) == 1
+    assert "cannot be shared evenly by 3 processes" in capsys.readouterr().err
+
+
+def test_all_problems_at_once_a_line_each(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_inputs(tmp_path)
+    (tmp_path / "prompts.txt").write_text("\n \n")
+    (tmp_path / "negative.safetensors").write_bytes(b"junk")
+    (tmp_path / "student" / "model.safetensors").unlink()
+    config = write_config(tmp_path, model={"num_layers": 3})
+    assert main(["--config", str(config), "--dry-run"]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert all(line.startswith("error: ") for line in lines)
+    told = [
+        "weights.teacher",
+        "another shape: num_layers 2 (expected 3)",
+    ]
+    assert sum(all(word in line for word in told) for line in lines) == 1
+    for word in ("model.safetensors missing", "data.negative", "data.prompts"):
+        assert sum(word in line for line in lines) == 1, (word, lines)
+    assert len(lines) == 4
