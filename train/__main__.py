@@ -88,9 +88,10 @@ def _stages(text: str | None, known: tuple[str, ...]) -> list[str]:
 
 def _dry_run(args: argparse.Namespace) -> None:
     """Print what a distillation step takes, then check what it reads."""
-    from train.config import ParallelConfig, load_config
+    from train.config import load_config
     from train.dry_run import as_document, describe, make_plan
     from train.parallel import check_ranks
+    from train.real_config import ParallelConfig
     from train.real_inputs import check_inputs
     from train.tiny_data import LATENT_HW
 

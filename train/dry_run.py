@@ -19,13 +19,14 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_f
 
 from asd_rt.config import ModelConfig
 from asd_rt.schedule import MAX_STEPS
-from train.config import ParallelConfig, TrainConfig
+from train.config import TrainConfig
 from train.data import Batch, Contexts, Data
 from train.discriminator import Discriminator
 from train.distill import DistillStage
 from train.distill_task import Share
 from train.model import WanModel
 from train.parallel import Parallel
+from train.real_config import ParallelConfig
 from train.scoring import Networks, feature_layers
 
 FLOAT, HALF = 4, 2  # bytes
@@ -173,11 +174,24 @@ def _saved_bytes(networks: Networks) -> Iterator[_Saved]:
         yield saved
 
 
-def _stage(config: TrainConfig, latent_hw: tuple[int, int], checkpointed: bool) -> _MetaStage:
-    """The distillation of one micro-batch, in bfloat16 as under FSDP's policy, on the meta device."""
-    teacher = config.teacher_model or config.model
+def _stage(
+    config: TrainConfig,
+    latent_hw: tuple[int, int],
+    checkpointed: bool,
+    layers: tuple[int, int] | None = None,
+) -> _MetaStage:
+    """The distillation of one micro-batch, in bfloat16 as under FSDP's policy, on the meta device.
+
+    `layers` of student (and critic) and teacher; None = as configured.
+    """
+    student, teacher = config.model, config.teacher_model or config.model
+    if layers is not None:
+        student, teacher = (
+            replace(model, num_layers=count)
+            for model, count in zip((student, teacher), layers, strict=True)
+        )
     with META:
-        models = [WanModel(c).to(torch.bfloat16) for c in (config.model, config.model, teacher)]
+        models = [WanModel(c).to(torch.bfloat16) for c in (student, student, teacher)]
         discriminator = Discriminator(teacher.dim, len(feature_layers(teacher.num_layers)))
     settings = ParallelConfig(checkpoint_activations=checkpointed)
     parallel = Parallel(settings, device=META)
@@ -200,15 +214,6 @@ def _fixed(config: TrainConfig, n: int, enhanced: bool, long: bool) -> TrainConf
     return replace(config, distill=distill)
 
 
-def _layers(config: TrainConfig, student: int, teacher: int) -> TrainConfig:
-    other = config.teacher_model or config.model
-    return replace(
-        config,
-        model=replace(config.model, num_layers=student),
-        teacher_model=replace(other, num_layers=teacher),
-    )
-
-
 _ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
@@ -219,7 +224,7 @@ def _step_flops(config: TrainConfig, latent_hw: tuple[int, int], checkpointed: b
     """Operations of one micro-batch of one step: a sum over layers, so three shallow networks tell it."""
 
     def count(student: int, teacher: int) -> int:
-        stage = _stage(_layers(config, student, teacher), latent_hw, checkpointed)
+        stage = _stage(config, latent_hw, checkpointed, (student, teacher))
         with FlopCounterMode(display=False, custom_mapping=_ATTENTION) as counter:
             stage.advance(0)
         return int(counter.get_total_flops())
@@ -314,8 +319,13 @@ def _memory(
     )
 
 
-def _saved(config: TrainConfig, latent_hw: tuple[int, int], checkpointed: bool) -> int:
-    stage = _stage(config, latent_hw, checkpointed)
+def _saved(
+    config: TrainConfig,
+    latent_hw: tuple[int, int],
+    checkpointed: bool,
+    layers: tuple[int, int] | None = None,
+) -> int:
+    stage = _stage(config, latent_hw, checkpointed, layers)
     with _saved_bytes(stage.networks) as saved:
         stage.advance(0)
     return saved.most
@@ -323,12 +333,11 @@ def _saved(config: TrainConfig, latent_hw: tuple[int, int], checkpointed: bool) 
 
 def _layer_activations(config: TrainConfig, latent_hw: tuple[int, int]) -> int:
     """What one layer saves, the student's or the teacher's, whichever is more."""
-
-    def saved(student: int, teacher: int) -> int:
-        return _saved(_layers(config, student, teacher), latent_hw, checkpointed=False)
-
-    base = saved(2, 2)
-    return max(saved(3, 2) - base, saved(2, 3) - base)
+    base, student, teacher = (
+        _saved(config, latent_hw, checkpointed=False, layers=layers)
+        for layers in ((2, 2), (3, 2), (2, 3))
+    )
+    return max(student, teacher) - base
 
 
 def _count(network: nn.Module) -> int:

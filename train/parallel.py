@@ -8,6 +8,7 @@ processes. Under torchrun networks are sharded by FSDP2; a process on its own ke
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -27,12 +28,14 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from asd_rt.errors import ConfigError
-from train.config import ParallelConfig
 from train.model import Block, WanModel
 from train.precision import has_bf16
+from train.real_config import ParallelConfig
 
-# Others wait this long for process 0: it alone trains the tiny world's judge, and scores students.
-TIMEOUT = timedelta(hours=6)
+# FSDP warns of results that are views, on which nothing may be done in place; nothing here is.
+warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+# Others wait this long for process 0, which alone writes the student, and for slow disks.
+TIMEOUT = timedelta(hours=1)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,8 +8,9 @@ from asd_rt.commands.common import Problems
 from asd_rt.config import ModelConfig
 from train.checkpoint import open_weights
 from train.clip_data import open_clips, open_negative, open_pairs, open_table, prompt_rows
-from train.config import ParallelConfig, TrainConfig
+from train.config import TrainConfig
 from train.parallel import check_ranks
+from train.real_config import ParallelConfig
 
 
 def weight_sources(config: TrainConfig) -> dict[str, tuple[str, ModelConfig]]:

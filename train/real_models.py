@@ -14,7 +14,7 @@ from asd_rt.errors import ConfigError, OutputError
 from train.causal_init import InitStage
 from train.checkpoint import Deployment, open_weights, save_checkpoint
 from train.clip_data import ClipData
-from train.config import TrainConfig, fingerprint, teacher_shape
+from train.config import TrainConfig, fingerprint
 from train.curves import CURVE, read_curve, write_page
 from train.discriminator import Discriminator
 from train.distill import DistillStage
@@ -96,7 +96,6 @@ class _Start:
         self.config, self.out, self.seed, self.parallel = config, out, seed, parallel
         self.data = ClipData(config, seed)
         self.teacher_model = config.teacher_model or config.model
-        self.one_shape = teacher_shape(config) == teacher_shape(replace(config, teacher_model=None))
 
     def stage(self, name: str) -> Stage:
         """The stage `name` with its networks."""
@@ -105,7 +104,7 @@ class _Start:
             network = self._network(self.teacher_model, "weights.teacher")
             return TeacherStage(config, *arguments, network, self.parallel)
         if name == "init":
-            own = "teacher" if config.teacher is not None and self.one_shape else None
+            own = "teacher" if config.teacher is not None and config.one_shape else None
             network = self._network(config.model, "weights.student", own)
             return InitStage(config, *arguments, network, self.parallel)
         return DistillStage(config, *arguments, self._networks(), self.parallel)

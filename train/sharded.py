@@ -53,8 +53,7 @@ def save_sharded(
     try:
         if parallel.first:
             root.mkdir(parents=True, exist_ok=True)
-            for left in (temporary, final):
-                shutil.rmtree(left, ignore_errors=True)
+            shutil.rmtree(temporary, ignore_errors=True)
         parallel.wait()
         dcp.save(state, storage_writer=FileSystemWriter(temporary), no_dist=parallel.mesh is None)
         if parallel.first:
@@ -66,6 +65,7 @@ def save_sharded(
                 "files": files,
             }
             (temporary / MARK).write_text(json.dumps(mark, indent=1) + "\n")
+            shutil.rmtree(final, ignore_errors=True)  # of the same step, which is done again
             os.replace(temporary, final)
             for old in folders(root)[:-KEPT]:
                 shutil.rmtree(old)

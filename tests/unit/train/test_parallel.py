@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from asd_rt.errors import ConfigError
 from tests.unit.train.real_toy import write_config, write_inputs
 from train.__main__ import main
-from train.config import ParallelConfig
 from train.parallel import Parallel, check_ranks
+from train.real_config import ParallelConfig
 
 ROOT = Path(__file__).parents[3]
 Curve = list[dict[str, float]]
