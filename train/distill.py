@@ -140,7 +140,7 @@ class DistillStage(Stage):
         student, window = networks.student, self.config.clip_frames
         contexts = share.contexts.to(device)
         target = None
-        with self.parallel.autocast(), torch.no_grad(), self.parallel.gathered(student):
+        with self.parallel.autocast(), torch.no_grad(), self.parallel.kept_whole(student):
             prompt = student.embed_prompt(contexts.rollout)
             done = self._rollout(task, share, task.n, prompt)
             if task.use_asd:

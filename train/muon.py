@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from train.optimizers import WEIGHT_DECAY, adamw, load_optimizer_state, optimizer_state
+from train.parallel import gathered, placed_like
 from train.precision import has_bf16
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -61,26 +63,28 @@ class Muon(torch.optim.Muon):
                 momentum.lerp_(matrix.grad, 1 - group["momentum"])
                 alike[matrix.shape].append((matrix, matrix.grad.lerp(momentum, group["momentum"])))
             for shape, pairs in alike.items():
-                updates = orthogonalised(torch.stack([update for _, update in pairs]).to(dtype))
+                updates = torch.stack([gathered(update) for _, update in pairs])
+                updates = orthogonalised(updates.to(dtype))
                 rate = group["lr"] * 0.2 * max(shape) ** 0.5
                 for (matrix, _), update in zip(pairs, updates, strict=True):
                     matrix.mul_(1 - group["lr"] * group["weight_decay"])
-                    matrix.add_(update, alpha=-rate)
+                    matrix.add_(placed_like(update, matrix), alpha=-rate)
 
 
 class MuonAdam:
-    """Muon for the matrices inside the blocks, AdamW for everything else."""
+    """Muon for the matrices inside the blocks, AdamW for everything else; AdamW for all without a muon_lr."""
 
     def __init__(self, model: nn.Module, muon_lr: float, adam_lr: float) -> None:
         matrices, others = [], []
         for name, parameter in model.named_parameters():
-            inside = name.startswith("blocks.") and parameter.ndim == 2
+            inside = muon_lr and name.startswith("blocks.") and parameter.ndim == 2
             (matrices if inside else others).append(parameter)
-        self.parts: list[torch.optim.Optimizer] = [
-            Muon(matrices, muon_lr, weight_decay=0.01),
-            torch.optim.AdamW(others, lr=adam_lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True),
-        ]
-        self.lrs = [muon_lr, adam_lr]
+        self._model = model
+        self.parts: list[torch.optim.Optimizer] = [adamw(others, adam_lr, (0.9, 0.98))]
+        self.lrs = [adam_lr]
+        if matrices:
+            self.parts.insert(0, Muon(matrices, muon_lr, weight_decay=WEIGHT_DECAY))
+            self.lrs.insert(0, muon_lr)
 
     def step(self, factor: float) -> None:
         """Update with learning rates times `factor`, then clear the gradients."""
@@ -90,11 +94,11 @@ class MuonAdam:
             part.step()
             part.zero_grad(set_to_none=True)
 
-    def state(self) -> list[dict[str, Any]]:
-        """The state of both parts."""
-        return [part.state_dict() for part in self.parts]
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """The state of both parts, by parameter."""
+        return {k: v for part in self.parts for k, v in optimizer_state(part, self._model).items()}
 
-    def load(self, states: list[dict[str, Any]]) -> None:
+    def load(self, state: dict[str, dict[str, Tensor]]) -> None:
         """Take up what `state` gave."""
-        for part, state in zip(self.parts, states, strict=True):
-            part.load_state_dict(state)
+        for part in self.parts:
+            load_optimizer_state(part, self._model, state)

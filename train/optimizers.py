@@ -1,4 +1,4 @@
-"""Optimizers, their schedule, the moving average of weights, and all of their state by parameters' names."""
+"""AdamW, its schedule, the moving average of weights, and optimizers' state by parameters' names."""
 
 from __future__ import annotations
 
@@ -45,47 +45,6 @@ def adamw(
     """AdamW as all networks here are trained with; it exists on the meta device too, to be measured."""
     fused = not parameters[0].is_meta
     return torch.optim.AdamW(parameters, lr=lr, betas=betas, weight_decay=WEIGHT_DECAY, fused=fused)
-
-
-class MuonAdam:
-    """Muon for the matrices inside the blocks, AdamW for everything else; AdamW for all without a muon_lr."""
-
-    def __init__(self, model: nn.Module, muon_lr: float, adam_lr: float) -> None:
-        named = list(model.named_parameters())
-        matrices = [(n, p) for n, p in named if muon_lr and n.startswith("blocks.") and p.ndim == 2]
-        inside = {n for n, _ in matrices}
-        others = [(n, p) for n, p in named if n not in inside]
-        self.names = [[n for n, _ in part] for part in (matrices, others)]
-        self.parts: list[torch.optim.Optimizer] = []
-        self.lrs: list[float] = []
-        if matrices:
-            self.parts.append(
-                torch.optim.Muon(
-                    [p for _, p in matrices],
-                    lr=muon_lr,
-                    weight_decay=WEIGHT_DECAY,
-                    adjust_lr_fn="match_rms_adamw",
-                )
-            )
-            self.lrs.append(muon_lr)
-        self.parts.append(adamw([p for _, p in others], adam_lr, (0.9, 0.98)))
-        self.lrs.append(adam_lr)
-
-    def step(self, factor: float) -> None:
-        """Update with learning rates times `factor`, then clear the gradients."""
-        for part, lr in zip(self.parts, self.lrs, strict=True):
-            for group in part.param_groups:
-                group["lr"] = lr * factor
-            part.step()
-            part.zero_grad(set_to_none=True)
-
-    def state(self, model: nn.Module) -> dict[str, dict[str, Tensor]]:
-        """As `optimizer_state`, of both."""
-        return {k: v for part in self.parts for k, v in optimizer_state(part, model).items()}
-
-    def load(self, model: nn.Module, state: Mapping[str, Mapping[str, Tensor]]) -> None:
-        for part in self.parts:
-            load_optimizer_state(part, model, state)
 
 
 def _named(

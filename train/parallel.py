@@ -119,14 +119,11 @@ class Parallel:
         for name, parameter in network.named_parameters():
             # A copy: optimizers write into it, and files stay mapped.
             weight = weights[name]().to(self.device, parameter.dtype, copy=True)
-            if isinstance(parameter, DTensor):
-                mesh, placements = parameter.device_mesh, parameter.placements
-                weight = distribute_tensor(weight, mesh, placements, src_data_rank=None)
-            placed[name] = weight
+            placed[name] = placed_like(weight, parameter)
         network.load_state_dict(placed, assign=True)
 
     @contextmanager
-    def gathered(self, network: nn.Module) -> Iterator[None]:
+    def kept_whole(self, network: nn.Module) -> Iterator[None]:
         """Keep the weights of a sharded network whole for many passes without gradients."""
         shards = [m for m in network.modules() if isinstance(m, FSDPModule)]
         if not shards:
@@ -226,6 +223,20 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def gathered(tensor: Tensor) -> Tensor:
+    """All parts of a tensor; all processes must ask for it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def placed_like(tensor: Tensor, other: Tensor) -> Tensor:
+    """A tensor that all processes have alike, in the same parts as `other`."""
+    if not isinstance(other, DTensor):
+        return tensor
+    return distribute_tensor(
+        tensor.to(other.dtype), other.device_mesh, other.placements, src_data_rank=None
+    )
+
+
 def whole(tensor: Tensor) -> Tensor:
-    """All parts of a tensor, on the CPU; all processes must ask for it."""
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu()
+    """As `gathered`, on the CPU."""
+    return gathered(tensor).cpu()

@@ -70,10 +70,10 @@ class TeacherStage(Stage):
         return {
             "model": self.model.state_dict(),
             "ema": self.ema.values,
-            "optimizer": self.optimizer.state(self.model),
+            "optimizer": self.optimizer.state(),
         }
 
     def load(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
         self.ema.values = state["ema"]
-        self.optimizer.load(self.model, state["optimizer"])
+        self.optimizer.load(state["optimizer"])
