@@ -68,7 +68,7 @@ def draw_step(
     def chance() -> float:
         return torch.rand(1, generator=generator).item()
 
-    weights = torch.tensor(settings.step_weights)
+    weights = torch.tensor(settings.step_weights, dtype=torch.float32)
     n = 1 + int(torch.multinomial(weights, 1, generator=generator))
     prompts = data.draw_prompts(index, 0, generator)
     enhanced = n < MAX_STEPS and chance() < settings.first_steps_share

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from asd_rt.errors import CheckpointError
 from train.parallel import Parallel
 
+# Saving and reading without other processes is meant.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninit")
 MARK = "mark.json"
 FORMAT_VERSION = 1
 KEPT = 2
@@ -126,4 +129,8 @@ def _cause(error: BaseException) -> str:
         error = next(iter(error.failures.values()))[0]
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+    text = str(error).strip().partition("\n")[0] or type(error).__name__
+    # What torch's writer of archives says when the system takes less than it was given.
+    return (
+        "a file could not be written whole; is the disk full?" if "unexpected pos" in text else text
+    )

@@ -102,7 +102,8 @@ def test_a_causal_start_learns_from_pairs(folder: Path) -> None:
     config = write_config(
         folder, leave_out=("teacher",), data=data, init=init, parallel={"save_minutes": 10.0}
     )
-    assert train(["--config", str(config), "--out", str(folder / "out"), "--stages", "init"]) == 0
+    flags = ["--config", str(config), "--out", str(folder / "out"), "--threads", "1"]
+    assert train([*flags, "--stages", "init"]) == 0
     lines = (folder / "out" / "curve.jsonl").read_text().splitlines()
     losses = [json.loads(line)["loss"] for line in lines]
     assert sum(losses[-8:]) < 0.7 * sum(losses[:8])

@@ -29,7 +29,7 @@ def curve(out: Path) -> Curve:
 
 
 def alone(config: Path, out: Path, *flags: str) -> Curve:
-    assert main(["--config", str(config), "--out", str(out), *flags]) == 0
+    assert main(["--config", str(config), "--out", str(out), "--threads", "1", *flags]) == 0
     return curve(out)
 
 

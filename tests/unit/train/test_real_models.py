@@ -40,7 +40,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def run(config: Path, out: Path, *flags: str) -> int:
-    return main(["--config", str(config), "--out", str(out), *flags])
+    return main(["--config", str(config), "--out", str(out), "--threads", "1", *flags])
 
 
 def only_distill(folder: Path, **changes: Any) -> Path:
@@ -163,6 +163,7 @@ def test_a_disk_that_is_full_while_saving(folder: Path, capsys: pytest.CaptureFi
         assert run(config, folder / "out", "--resume") == 1
     said = error_line(capsys)
     assert "step_00000004: cannot be saved" in said
+    assert "is the disk full?" in said
     assert f"{whole[0]} is intact" in said
     assert folders(folder / "out" / "distill") == whole[:1]
     assert run(config, folder / "out", "--resume") == 0

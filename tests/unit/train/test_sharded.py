@@ -49,7 +49,7 @@ def test_a_full_disk_leaves_the_last_one_whole(tmp_path: Path) -> None:
     with (
         files_of_at_most(100_000),
         pytest.raises(
-            CheckpointError, match=r"step_00000002: cannot be saved .*too large"
+            CheckpointError, match=r"step_00000002: cannot be saved .*is the disk full"
         ) as error,
     ):
         save_sharded(tmp_path, "mark", 2, state(2), SINGLE)
