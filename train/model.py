@@ -35,6 +35,9 @@ def make_rope(
     device: torch.device | str = "cpu",
 ) -> Rope:
     """(cos, sin) of the tokens of `frames`, each float32 [tokens, head_dim / 2]."""
+    if torch.device(device).type == "meta":
+        shape = (len(frames) * token_hw[0] * token_hw[1], config.head_dim // 2)
+        return torch.empty(shape, device=device), torch.empty(shape, device=device)
     cos, sin = rope_table(config.head_dim, torch.as_tensor(list(frames)).numpy(), *token_hw)
     return torch.from_numpy(cos).to(device), torch.from_numpy(sin).to(device)
 

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from tests.unit.train.real_toy import LATENT_HW, write_config, write_inputs
 from train.__main__ import main
 from train.clip_data import ClipData
 from train.config import load_config
 from train.distill import DistillStage
-from train.dry_run import _fixed, _step_flops, _tasks, make_plan
+from train.dry_run import Products, _fixed, _step_flops, _tasks, make_plan
+from train.model import WanModel
 from train.scoring import start_networks
 
 WAN = Path(__file__).parents[3] / "train" / "configs" / "wan_1_3b_asd.toml"
@@ -48,20 +48,15 @@ def test_products_are_those_of_a_real_step(tmp_path: Path) -> None:
     for n, enhanced, long in _tasks(config):
         fixed = _fixed(config, n, enhanced, long)
         torch.manual_seed(0)
-        networks = start_networks(config.model, 0, *2 * [_weights(config.model)])
+        weights = WanModel(config.model).state_dict()
+        networks = start_networks(config.model, 0, weights, weights)
         stage = DistillStage(fixed, 0, ClipData(fixed, 0), networks)
-        with FlopCounterMode(display=False) as counter:
+        with Products() as products:
             stage.advance(0)
         # Real attention with gradients is plain products on a CPU: the same number of them, but for those
         # that a fused backward pass does once more.
-        found, real = _step_flops(fixed, LATENT_HW, False), counter.get_total_flops()
+        found, real = _step_flops(fixed, LATENT_HW, False), products.total
         assert real <= found <= 1.05 * real, (n, enhanced)
-
-
-def _weights(model):  # type: ignore[no-untyped-def]
-    from train.model import WanModel
-
-    return WanModel(model).state_dict()
 
 
 def test_it_says_everything_and_checks_the_files(
