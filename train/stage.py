@@ -169,8 +169,8 @@ def run_stage(
                 f"{path}: made with another configuration or seed; use another --out, or delete {run_dir}"
             )
         start = int(mark["step"])
-        if start < stage.steps:
-            stage.load(checkpoints.load(path, stage.state() if sharded else {}))
+        stage.load(checkpoints.load(path, stage.state() if sharded else {}))
+        if start < stage.steps and parallel.first:
             log.info("%s: resumed at step %d of %d", stage.name, start, stage.steps)
     if start >= stage.steps:
         return

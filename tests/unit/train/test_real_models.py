@@ -174,6 +174,11 @@ def test_a_run_is_gone_on_with_only_as_it_was(
 ) -> None:
     assert run(only_distill(folder), folder / "out") == 0
     capsys.readouterr()
+    written = load_checkpoint(folder / "out" / "student").weights
+    assert run(only_distill(folder), folder / "out", "--resume") == 0  # nothing is left to do
+    again = load_checkpoint(folder / "out" / "student").weights
+    assert all(torch.equal(again[name], value) for name, value in written.items())
+    capsys.readouterr()
     assert run(only_distill(folder), folder / "out") == 1
     assert "already holds a run; go on with it by --resume" in error_line(capsys)
     assert run(only_distill(folder, distill={"guidance": 3.0}), folder / "out", "--resume") == 1
