@@ -39,7 +39,7 @@ $(DEMO_READY): pyproject.toml constraints.txt | $(VENV)/bin/python
 	@touch $@
 
 $(ALL_READY): pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(PIP) -e '.[cpu,export,train,rtx,text,serve,dev]'
+	$(PIP) -e '.[cpu,export,train,rtx,text,serve,ray,dev]'
 	@touch $@ $(DEMO_READY)
 
 $(ENGINE_READY): $(ENGINE_SOURCES) | $(DEMO_READY)

@@ -10,8 +10,6 @@ in OUT/judge yet. Times mean something on an idle machine only; the rest does no
 from __future__ import annotations
 
 import argparse
-import json
-import logging
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -29,8 +27,7 @@ from torch import Tensor
 
 import asd_rt
 from asd_rt import timing
-from asd_rt.errors import AsdError, ConfigError
-from asd_rt.files import replacing
+from asd_rt.errors import ConfigError
 from asd_rt.progress import Progress
 from asd_rt.session import Session
 from benchmarks.contact_sheet import Row, draw_sheet
@@ -38,7 +35,7 @@ from benchmarks.judge import NAMES, Judge, load_judge
 from benchmarks.latency import make_folder
 from benchmarks.latency_plot import GRID, INK, SOFT_INK
 from benchmarks.scaling import resident_bytes
-from benchmarks.switching import contexts
+from benchmarks.tiny_report import contexts, make_parser, origin, run, to_pixels, write
 from train.tiny_world import prompt_text, random_labels
 
 BRIGHT = 0.35  # streaks have more pixels above it than digits have
@@ -122,9 +119,8 @@ def measure(session: Session, judge: Judge, args: argparse.Namespace) -> dict[st
         picked = np.linspace(0, len(parts) - 1, min(SHEET_COLUMNS, len(parts))).round().astype(int)
         for i in range(min(3, args.videos)):
             latents = np.concatenate([parts[p][1][i : i + 1] for p in picked], axis=1)
-            pixels = judge.frames(latents)[0].movedim(1, -1).numpy()
             label = f"{prompt_text(*labels[i].tolist())}, {name}"
-            shown.append(Row(label, (pixels * 255).round().astype(np.uint8)))
+            shown.append(Row(label, to_pixels(judge.frames(latents)[0])))
     fps = session.manifest.fps / (args.part * session.manifest.cache.block_frames)
     return {"policies": policies, "sheet": draw_sheet(shown, SHEET_COLUMNS, fps)}
 
@@ -179,20 +175,45 @@ def save_plot(report: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
+def report(args: argparse.Namespace, command: str) -> None:
+    """Measure and write.
+
+    Raises:
+        AsdError: anything the user can mend.
+    """
+    if not args.videos >= 1 or not JUDGED_EVERY <= args.part <= args.blocks:
+        raise ConfigError(
+            f"--videos must be at least 1 and --part from {JUDGED_EVERY} to --blocks, found "
+            f"{args.videos} and {args.part}"
+        )
+    make_folder(args.out)
+    judge = load_judge()
+    with asd_rt.open(args.engine) as session:
+        found = measure(session, judge, args)
+        told = origin(session, args, "videos", "blocks", "part", "seed")
+    told |= {
+        "policies": found["policies"],
+        "machine": timing.describe_machine(),
+        "command": command,
+    }
+    save = {
+        "drift.png": lambda path: save_plot(told, path),
+        "drift-frames.png": lambda path: found["sheet"].save(path, format="png"),
+    }
+    write(args.out, "drift", told, markdown(told), save)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.drift",
-        description="What long videos of the tiny world show, and what they take, part by part.",
-        epilog="example: python -m benchmarks.drift --blocks 2000 --refresh 0 8 --out out",
+    parser = make_parser(
+        "drift",
+        "What long videos of the tiny world show, and what they take, part by part.",
+        "--blocks 2000 --refresh 0 8 --out out",
     )
-    parser.add_argument("--engine", type=Path, help="of the tiny student (default: the best here)")
-    parser.add_argument("--out", type=Path, default=Path("out"), help="folder, made if absent")
     parser.add_argument("--blocks", type=int, default=2000)
     parser.add_argument("--part", type=int, default=100, help="blocks that one row describes")
     parser.add_argument("--videos", type=int, default=8)
     parser.add_argument("--steps", type=int, help="of later blocks (default: the engine's)")
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--refresh",
         nargs="+",
@@ -200,43 +221,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         default=[0, 8],
         help="blocks between refreshes, 0 = never; each is played",
     )
-    args = parser.parse_args(argv)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    try:
-        if not args.videos >= 1 or not JUDGED_EVERY <= args.part <= args.blocks:
-            raise ConfigError(
-                f"--videos must be at least 1 and --part from {JUDGED_EVERY} to --blocks, found "
-                f"{args.videos} and {args.part}"
-            )
-        make_folder(args.out)
-        judge = load_judge()
-        with asd_rt.open(args.engine) as session:
-            found = measure(session, judge, args)
-            report = {
-                "format_version": 1,
-                "engine": session.manifest.name,
-                "sha256": session.manifest.parts["denoiser"].sha256,
-                "device": session.engine.device,
-                **{key: getattr(args, key) for key in ("videos", "blocks", "part", "seed")},
-                "policies": found["policies"],
-                "machine": timing.describe_machine(),
-                "versions": timing.versions(),
-                "command": "python -m benchmarks.drift "
-                + " ".join(sys.argv[1:] if argv is None else argv),
-            }
-        for name, write in (
-            ("drift.json", lambda p: p.write_text(json.dumps(report, indent=1) + "\n")),
-            ("drift.md", lambda p: p.write_text(markdown(report))),
-            ("drift.png", lambda p: save_plot(report, p)),
-            ("drift-frames.png", lambda p: found["sheet"].save(p, format="png")),
-        ):
-            with replacing(args.out / name) as temporary:
-                write(temporary)
-        print(markdown(report))
-    except AsdError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return run(parser, report, argv)
 
 
 if __name__ == "__main__":

@@ -112,10 +112,16 @@ class Watched:
         return int(self.headers[-1]["dropped"]) if self.headers else 0
 
 
-async def open_socket(server: Server, address: str = "127.0.0.1", **more: Any) -> ClientConnection:
-    """A WebSocket from a local address, its `hello` read."""
+async def open_socket(
+    server: Server, address: str = "127.0.0.1", near: str = "", **more: Any
+) -> ClientConnection:
+    """A WebSocket from a local address, its `hello` read; `near`: an id of what it is to be with."""
     socket = await connect(
-        server.live_url, local_addr=(address, 0), max_size=None, compression=None, **more
+        server.live_url + (f"?near={near}" if near else ""),
+        local_addr=(address, 0),
+        max_size=None,
+        compression=None,
+        **more,
     )
     await socket.recv()
     return socket

@@ -9,11 +9,8 @@ yet, which takes a minute or so. Accuracy only: what else runs on the machine do
 from __future__ import annotations
 
 import argparse
-import json
-import logging
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,15 +19,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import asd_rt
-from asd_rt import timing
-from asd_rt.errors import AsdError
-from asd_rt.files import replacing
 from asd_rt.session import Session
 from benchmarks.contact_sheet import Row, draw_sheet
 from benchmarks.judge import NAMES, Judge, load_judge
 from benchmarks.latency import make_folder
+from benchmarks.tiny_report import contexts, make_parser, origin, run, to_pixels, write
 from train.evaluate import bootstrap, same_axes
-from train.tiny_world import COLOURS, DIGITS, DIRECTIONS, prompt_text, random_labels
+from train.tiny_world import COLOURS, DIGITS, DIRECTIONS, random_labels
 
 WAYS = {"kept": False, "recached": True}
 NEW_VIDEO = "a new video"
@@ -53,11 +48,6 @@ def draw_switches(count: int, seed: int) -> tuple[Tensor, Tensor]:
             old.append(one)
             new.append(other)
     return torch.stack(old), torch.stack(new)
-
-
-def contexts(session: Session, labels: Tensor) -> Latents:
-    """Embeddings of the prompts of `labels`, one after the other."""
-    return np.concatenate([session.context(prompt_text(*row)) for row in labels.tolist()])
 
 
 def play(
@@ -170,60 +160,40 @@ def sheet(judge: Judge, found: dict[str, Any], args: argparse.Namespace, session
         ]
         for way in WAYS:
             latents = found["latents"][way][i : i + 1, begin : begin + SHEET_COLUMNS * size]
-            pixels = (
-                (judge.frames(latents)[0].movedim(1, -1).numpy() * 255).round().astype(np.uint8)
-            )
+            pixels = to_pixels(judge.frames(latents)[0])
             rows.append(Row(f"{' to '.join(names)}, {way}", pixels))
     note = f"the prompt changes behind the first {size} frames"
     return draw_sheet(rows, SHEET_COLUMNS, session.manifest.fps, note)
 
 
+def report(args: argparse.Namespace, command: str) -> None:
+    """Measure and write.
+
+    Raises:
+        AsdError: anything the user can mend.
+    """
+    make_folder(args.out)
+    judge = load_judge()
+    with asd_rt.open(args.engine) as session:
+        found = measure(session, judge, args)
+        told = origin(session, args, "switches", "at", "after", "seed")
+        picture = sheet(judge, found, args, session)
+    told |= {"rows": found["rows"], "command": command}
+    save = {"switching.png": lambda path: picture.save(path, format="png")}
+    write(args.out, "switching", told, markdown(told), save)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.switching",
-        description="Blocks until a new prompt shows, with the cache kept and computed anew.",
-        epilog="example: python -m benchmarks.switching --switches 64 --out out",
+    parser = make_parser(
+        "switching",
+        "Blocks until a new prompt shows, with the cache kept and computed anew.",
+        "--switches 64 --out out",
     )
-    parser.add_argument("--engine", type=Path, help="of the tiny student (default: the best here)")
-    parser.add_argument("--out", type=Path, default=Path("out"), help="folder, made if absent")
     parser.add_argument("--switches", type=int, default=64)
     parser.add_argument("--at", type=int, default=4, help="block before which prompts change")
     parser.add_argument("--after", type=int, default=13, help="blocks watched")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args(argv)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    try:
-        make_folder(args.out)
-        judge = load_judge()
-        with asd_rt.open(args.engine) as session:
-            found = measure(session, judge, args)
-            report = {
-                "format_version": 1,
-                "engine": session.manifest.name,
-                "sha256": session.manifest.parts["denoiser"].sha256,
-                "switches": args.switches,
-                "at": args.at,
-                "after": args.after,
-                "seed": args.seed,
-                "rows": found["rows"],
-                "versions": timing.versions(),
-                "command": "python -m benchmarks.switching "
-                + " ".join(sys.argv[1:] if argv is None else argv),
-            }
-            picture = sheet(judge, found, args, session)
-        for suffix, write in (
-            ("json", lambda p: p.write_text(json.dumps(report, indent=1) + "\n")),
-            ("md", lambda p: p.write_text(markdown(report))),
-            ("png", lambda p: picture.save(p, format="png")),
-        ):
-            with replacing(args.out / f"switching.{suffix}") as temporary:
-                write(temporary)
-        print(markdown(report))
-    except AsdError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return run(parser, report, argv)
 
 
 if __name__ == "__main__":

@@ -5,9 +5,10 @@ products, no float64, and explicit casts, so that the exported graph is strongly
 products and attention are float16; norms, rotary positions, modulation, gates and the residual stream are
 float32. `export.parity` measures every part against `train.model`.
 
-Small networks spend their time between operators, so the graph is kept short: one video at a time, tokens
-in the cache's order throughout, queries, keys and values from one matrix product, modulations ready made,
-and (`fused`) one operator each for attention, rotary positions and modulated norms.
+Small networks spend their time between operators, so the graph is kept short: one video at a time (several
+only to measure what that would bring, benchmarks/batching.py), tokens in the cache's order throughout,
+queries, keys and values from one matrix product, modulations ready made, and (`fused`) one operator each for
+attention, rotary positions and modulated norms.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ class RmsNorm(nn.Module):
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
     """[1, T, dim] -> [1, T, heads, dim / heads]."""
-    return x.view(1, -1, heads, x.shape[-1] // heads)
+    return x.view(x.shape[0], -1, heads, x.shape[-1] // heads)
 
 
 def attend(
@@ -93,8 +94,8 @@ def attend(
 
 
 def turn(x: Tensor, rope: tuple[Tensor, Tensor], heads: int, fused: bool) -> Tensor:
-    """Turn interleaved channel pairs of float32 x [1, T, dim] by tables [T, D / 2]."""
-    cos, sin = (table.unsqueeze(0) for table in rope)
+    """Turn interleaved channel pairs of float32 x [1, T, dim] by tables [T, D / 2], or one a video."""
+    cos, sin = (table if table.ndim == 3 else table.unsqueeze(0) for table in rope)
     if fused:
         return ops.rotary_embedding(x, cos, sin, interleaved=True, num_heads=heads)
     # Pairs (a, b) become (-b, a) by a small matrix product: far quicker than taking channels apart.
@@ -311,10 +312,12 @@ class DenoiserPart(nn.Module):
     ) -> tuple[Tensor, ...]:
         """(flow, this pass's keys and values layer by layer); `mask` bool [T, P + T], None = all seen."""
         prompt, past = layers[: 2 * self.layers], layers[2 * self.layers :]
-        _, frames, channels, height, width = latents.shape
+        videos, frames, channels, height, width = latents.shape
         rows, columns = height // 2, width // 2
-        x = latents.reshape(frames, channels, rows, 2, columns, 2).permute(0, 2, 4, 1, 3, 5)
-        x = self.patch(x.reshape(1, frames * rows * columns, channels * 4))
+        x = latents.reshape(videos * frames, channels, rows, 2, columns, 2).permute(
+            0, 2, 4, 1, 3, 5
+        )
+        x = self.patch(x.reshape(videos, frames * rows * columns, channels * 4))
         by_frame = modulation.ndim > 2
         dim = modulation.shape[-1]
         if self.factors is not None:
@@ -326,8 +329,8 @@ class DenoiserPart(nn.Module):
             pair = slice(2 * i, 2 * i + 2)
             new += block(stream, m[6 * i : 6 * i + 6], rope, prompt[pair], past[pair], mask)
         x = self.head(stream.norm(*m[-2:]))
-        x = x.view(frames, rows, columns, 2, 2, -1).permute(0, 5, 1, 3, 2, 4)
-        return x.reshape(1, frames, -1, height, width), *new
+        x = x.view(videos * frames, rows, columns, 2, 2, -1).permute(0, 5, 1, 3, 2, 4)
+        return x.reshape(videos, frames, -1, height, width), *new
 
 
 class JoinedPart(DenoiserPart):

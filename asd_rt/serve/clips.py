@@ -6,7 +6,6 @@ Finished clips are held in memory, a fixed number of bytes of them; the oldest g
 from __future__ import annotations
 
 import math
-import secrets
 import tempfile
 from collections import deque
 from collections.abc import Iterable
@@ -20,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from asd_rt.errors import AsdError
+from asd_rt.serve.ids import Ids
 from asd_rt.serve.limits import Limits
 from asd_rt.serve.metrics import Metrics
 from asd_rt.serve.pool import PoolPlan
@@ -82,9 +82,12 @@ class Clip:
 class ClipStore:
     """All clips by id, and the turns that make those that were asked for; safe to use from any thread."""
 
-    def __init__(self, session: Session, pool: PoolPlan, limits: Limits, metrics: Metrics) -> None:
+    def __init__(
+        self, session: Session, pool: PoolPlan, limits: Limits, ids: Ids, metrics: Metrics
+    ) -> None:
         """Clips are made one after the other in the place `session`."""
         self._session, self._pool, self._limits, self._metrics = session, pool, limits, metrics
+        self._ids = ids
         self._clips: dict[str, Clip] = {}
         self._queue: deque[Clip] = deque()
         self._encoding = 0
@@ -100,7 +103,7 @@ class ClipStore:
             ClipsFull: as many wait as may.
         """
         clip = Clip(
-            id=secrets.token_urlsafe(16),
+            id=self._ids.new(),
             fps=settings.fps or float(self._session.manifest.fps),
             prompt=prompt,
             latent_frames=latent_frames,
@@ -120,7 +123,7 @@ class ClipStore:
         Raises:
             ClipsFull: too many are being encoded.
         """
-        clip = Clip(secrets.token_urlsafe(16), fps, "encoding")
+        clip = Clip(self._ids.new(), fps, "encoding")
         clip.frames, clip.frame_count = frames, sum(map(len, frames))
         with self._lock:
             if self._encoding >= self._limits.clips_queued:

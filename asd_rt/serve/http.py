@@ -110,8 +110,8 @@ async def readyz(request: Request) -> Response:
     document = {
         "ready": ready,
         "places": service.pool.plan.sessions,
-        "free": service.pool.free,
-    }
+        "free": service.pool.free + len(service.seats.lost),  # which give way
+    } | ({"replica": service.ids.replica} if service.ids.replica else {})
     return JSONResponse(document, 200 if ready else 503)
 
 
@@ -181,13 +181,17 @@ async def _body(request: Request, most: int) -> bytes:
     Raises:
         BodyError: it is longer than `most` bytes, or takes too long to arrive.
     """
+    too_large = BodyError(413, f"a body of more than {most} bytes")
+    told = request.headers.get("content-length", "")
+    if told.isdecimal() and int(told) > most:
+        raise too_large
     parts, size = [], 0
     try:
         async with asyncio.timeout(BODY_S):
             async for part in request.stream():
                 size += len(part)
                 if size > most:
-                    raise BodyError(413, f"a body of more than {most} bytes")
+                    raise too_large
                 parts.append(part)
     except TimeoutError as error:
         raise BodyError(408, f"the body took more than {BODY_S:g} s to arrive") from error

@@ -25,6 +25,7 @@ class Limits:
         client_sockets: WebSockets of one client address.
         start_s: from a connection's opening to its first request, and to a WebSocket's `start`.
         ack_s: that a client may leave blocks without an acknowledgement.
+        keep_s: that a live video waits for a client whose connection is lost.
         upload_bytes, upload_frames, upload_pixels: of a picture or clip to start from; pixels of a frame.
         upload_s, upload_memory: time (seconds) and memory (bytes) of the process that decodes it.
         uploads_kept: decoded, in the order they came; the oldest go.
@@ -44,6 +45,7 @@ class Limits:
     client_sockets: int = 64
     start_s: float = 15.0
     ack_s: float = 30.0
+    keep_s: float = 30.0
     upload_bytes: int = 8 << 20
     upload_frames: int = 48
     upload_pixels: int = 16 << 20

@@ -37,6 +37,9 @@ class Metrics:
             "asd_rt_dropped_frames", "Frames left out for slow watchers", registry=registry
         )
         self.sessions = Gauge("asd_rt_sessions", "Live videos", registry=registry)
+        self.lost = Gauge(
+            "asd_rt_lost_sessions", "Live videos whose connection is lost", registry=registry
+        )
         self.sockets = Gauge("asd_rt_sockets", "Open WebSockets", registry=registry)
         self.refused = Counter(
             "asd_rt_refused", "What was refused, by reason", ["reason"], registry=registry

@@ -87,6 +87,12 @@ class Outbox:
             self.unacknowledged_since = now
         self._ready.set()
 
+    def adopt(self, other: Outbox) -> None:
+        """Go on from the box of another connection: with the block that waits there, but not its events."""
+        self._waiting, other._waiting = other._waiting, None
+        self.dropped += other.dropped
+        self._ready.set()
+
     def forget(self) -> None:
         """The client has thrown away what it had, because it pauses."""
         self._sent, self.unacknowledged_since = [], None

@@ -17,6 +17,7 @@ from asd_rt.deadline import MAX_DEADLINE_MS
 from asd_rt.errors import AsdError
 from asd_rt.noise import MAX_SEED
 from asd_rt.schedule import MAX_STEPS
+from asd_rt.serve.ids import ID_CHARS
 
 SUBPROTOCOL = "asd-rt"
 MIN_FPS, MAX_FPS = 1.0, 120.0
@@ -52,6 +53,7 @@ class Message:
         settings: of `start`, `set` and `reset`.
         given: names of the settings that the message has; a `deadline_ms` of null takes the deadline away.
         upload: of `start`: what the video starts from.
+        session: of `continue`: which live video to go on with.
         block: of `ack`: the newest block that is on the screen.
         recache: of `prompt`: compute the cached frames anew under it.
     """
@@ -61,6 +63,7 @@ class Message:
     settings: Settings = field(default_factory=Settings)
     given: frozenset[str] = frozenset()
     upload: str | None = None
+    session: str = ""
     block: int = 0
     recache: bool = False
 
@@ -115,6 +118,7 @@ SETTINGS: dict[str, Check] = {
 # type -> (fields that must be there, fields that may be)
 TYPES: dict[str, tuple[set[str], set[str]]] = {
     "start": ({"prompt"}, {*SETTINGS, "upload"}),
+    "continue": ({"session"}, set()),
     "prompt": ({"prompt"}, {"recache"}),
     "set": (set(), {"steps", "deadline_ms", "fps"}),
     "pause": (set(), set()),
@@ -132,7 +136,8 @@ class Reader:
     def __init__(self, prompt_chars: int, clip_frames: int) -> None:
         self._checks = SETTINGS | {
             "prompt": _text(prompt_chars),
-            "upload": _text(64),
+            "upload": _text(ID_CHARS),
+            "session": _text(ID_CHARS),
             "block": _whole(0, 2**53),
             "recache": _truth,
             "frames": _whole(1, clip_frames),
@@ -156,6 +161,7 @@ class Reader:
             settings=Settings(**settings),
             given=frozenset(settings),
             upload=values.get("upload"),
+            session=values.get("session", ""),
             block=values.get("block", 0),
             recache=values.get("recache", False),
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
 from typing import Any
 
@@ -70,14 +71,21 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
+def _is_news(record: logging.LogRecord) -> bool:
+    """Whether a line of uvicorn's log says something; a refused handshake is our answer, and no error."""
+    return "without completing handshake" not in record.getMessage()
+
+
 def make_server(service: Service, access: Access) -> uvicorn.Server:
     """A server over `service`; run it with a socket of `bind`."""
     limits = service.limits
+    logging.getLogger("uvicorn.error").addFilter(_is_news)
 
     class Protocol(PunctualProtocol):
         start_s = limits.start_s
 
     settings: dict[str, Any] = {
+        "loop": "asyncio",  # whatever else is installed
         "http": Protocol,
         "ws": "websockets-sansio",
         "ws_max_size": limits.message_bytes,

@@ -11,10 +11,12 @@ from threading import Lock
 from asd_rt.decoding import frame_size
 from asd_rt.errors import PromptError
 from asd_rt.serve.clips import ClipStore
+from asd_rt.serve.ids import Ids
 from asd_rt.serve.limits import Limits, PerClient
 from asd_rt.serve.metrics import Metrics
 from asd_rt.serve.pool import Pool, PoolPlan
 from asd_rt.serve.protocol import Reader
+from asd_rt.serve.seats import Seats
 from asd_rt.serve.uploads import Uploads
 from asd_rt.serve.worker import Worker
 from asd_rt.session import FloatArray, Session
@@ -33,8 +35,8 @@ class Readiness:
 class Service:
     """One engine being served."""
 
-    def __init__(self, session: Session, plan: PoolPlan, limits: Limits) -> None:
-        """Allocates the pool; `start` runs the engine."""
+    def __init__(self, session: Session, plan: PoolPlan, limits: Limits, replica: str = "") -> None:
+        """Allocates the pool; `start` runs the engine. `replica`: this server's name among several."""
         manifest = session.manifest
         self.session, self.limits = session, limits
         self.frame_hw = frame_size(manifest, "decoder", plan.latent_hw)
@@ -42,12 +44,15 @@ class Service:
         self.pool = Pool(session, plan)
         self.pool_lock = Lock()
         self.worker = Worker()
-        self.clips = ClipStore(self.pool.clips, plan, limits, self.metrics)
-        self.uploads = Uploads(manifest, self.frame_hw, limits)
+        self.ids = Ids(replica)
+        self.clips = ClipStore(self.pool.clips, plan, limits, self.ids, self.metrics)
+        self.uploads = Uploads(manifest, self.frame_hw, limits, self.ids)
         self.reader = Reader(limits.prompt_chars, limits.clip_frames)
         self.sockets = PerClient(limits.client_sockets)
         self.all_sockets = PerClient(limits.connections)  # uvicorn counts no WebSockets
-        self.watchers = PerClient(limits.client_sessions)
+        self.seats = Seats(
+            plan.sessions, self._take, self.worker.wake, limits, self.ids, self.metrics
+        )
         self.readiness = Readiness()
         # One thread: a text encoder is opened and released by it alone.
         self.prompts = ThreadPoolExecutor(1, "prompts")
@@ -78,10 +83,13 @@ class Service:
             _log.info("refused: %s", error)
             raise
 
-    def take(self) -> Session | None:
+    def _take(self) -> Session | None:
         """A place of the pool; None where all are taken."""
         with self.pool_lock:
-            return self.pool.take()
+            place = self.pool.take()
+        if place is not None:
+            self.metrics.sessions.inc()
+        return place
 
     def give(self, session: Session) -> None:
         """Give a place back; by the worker's thread when its video has ended."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import secrets
 import sys
 
 import numpy as np
@@ -14,6 +13,7 @@ from asd_rt.decoding import start_frame_count
 from asd_rt.errors import AsdError
 from asd_rt.manifest import Manifest
 from asd_rt.serve import upload_process
+from asd_rt.serve.ids import Ids
 from asd_rt.serve.limits import Limits
 from asd_rt.serve.protocol import MessageError
 
@@ -30,9 +30,11 @@ class UploadsFull(AsdError):
 class Uploads:
     """Decoded uploads by id; used by the event loop only."""
 
-    def __init__(self, manifest: Manifest, frame_hw: tuple[int, int], limits: Limits) -> None:
+    def __init__(
+        self, manifest: Manifest, frame_hw: tuple[int, int], limits: Limits, ids: Ids
+    ) -> None:
         """Uploads for videos by the engine of `manifest`, with frames of `frame_hw` (rows, columns)."""
-        self._manifest, self._frame_hw, self._limits = manifest, frame_hw, limits
+        self._manifest, self._frame_hw, self._limits, self._ids = manifest, frame_hw, limits, ids
         self._kept: dict[str, Frames] = {}
         self._room = asyncio.Semaphore(MOST_AT_ONCE)
         self._busy = 0
@@ -71,7 +73,7 @@ class Uploads:
         finally:
             self._busy -= 1
         frames = fitted_count(self._manifest, decoded)
-        name = secrets.token_urlsafe(16)
+        name = self._ids.new()
         self._kept[name] = frames
         while len(self._kept) > self._limits.uploads_kept:
             del self._kept[next(iter(self._kept))]

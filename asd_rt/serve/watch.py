@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Awaitable, Callable
 from time import monotonic
 from typing import Any
 
@@ -17,10 +16,11 @@ from asd_rt.serve.limits import Rate
 from asd_rt.serve.live import LiveVideo
 from asd_rt.serve.outbox import Outbox, Piece
 from asd_rt.serve.protocol import SUBPROTOCOL, Message, MessageError, pack_block
+from asd_rt.serve.seats import NoRoom, Seat
 from asd_rt.serve.service import Service
 
-# Close codes: 1008 and 1013 of RFC 6455's registry, and two of ours.
-UNFIT, FULL, SILENT, FAILED = 1008, 1013, 4408, 4500
+# Close codes: 1008, 1009 and 1013 of RFC 6455's registry, and three of ours.
+UNFIT, LARGE, FULL, SILENT, TAKEN, FAILED = 1008, 1009, 1013, 4408, 4409, 4500
 CHECK_S = 1.0
 _log = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ async def watch(socket: WebSocket) -> None:
             await watcher.run()
         except Ended as end:
             await _close(socket, end.code, end.reason)
-        except (WebSocketDisconnect, RuntimeError, OSError) as error:  # it has gone, at any point
+        except (Lost, WebSocketDisconnect, RuntimeError, OSError) as error:  # gone, at any point
             _log.debug("%s: gone (%s)", client, error)
 
 
@@ -65,6 +65,10 @@ async def _close(socket: WebSocket, code: int, reason: str) -> None:
         _log.debug("gone before it could be closed (%s)", error)
 
 
+class Lost(Exception):
+    """The client has gone without a word."""
+
+
 class Watcher:
     """One connection."""
 
@@ -72,9 +76,9 @@ class Watcher:
         self._socket, self._service, self._client = socket, service, client
         self._loop = asyncio.get_running_loop()
         self._outbox = Outbox()
-        self._video: LiveVideo | None = None
+        self._seat: Seat | None = None
         self._rate = Rate(service.limits.messages_per_s, service.limits.message_burst)
-        self._broken = self._prompts = 0
+        self._broken = 0
         self._wanted: Message | None = None  # prompt to switch to; a newer one takes its place
         self._wants = asyncio.Event()
         self._opened = self._loop.time()
@@ -84,22 +88,28 @@ class Watcher:
 
         Raises:
             Ended: it has to go.
-            WebSocketDisconnect: it has gone.
+            WebSocketDisconnect: it has said goodbye.
+            Lost, RuntimeError, OSError: it has gone without a word, and may come back.
         """
         self._outbox.event(self._hello())
         works = (self._receive, self._send, self._switch_prompts, self._look_after)
         tasks = [self._loop.create_task(work()) for work in works]
+        lost = True
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                task.result()
+            for task in tasks:  # what came in says more than what could not be sent
+                if task in done:
+                    task.result()
+        except (Ended, WebSocketDisconnect):
+            lost = False
+            raise
         finally:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            if self._video is not None:
-                self._video.close()
-                self._service.worker.wake()
+            seat, seats = self._seat, self._service.seats
+            if seat is not None and seat.watcher is self:
+                (seats.leave if lost else seats.end)(seat)
 
     def _hello(self) -> dict[str, Any]:
         service, manifest = self._service, self._service.session.manifest
@@ -115,6 +125,7 @@ class Watcher:
             "words": list((manifest.tokenizer or {}).get("words", {})),
             "starts_from_uploads": "encoder" in manifest.parts,
             "upload_bytes": service.limits.upload_bytes,
+            "keep_s": service.limits.keep_s,
         }
 
     async def _look_after(self) -> None:
@@ -123,7 +134,10 @@ class Watcher:
         while True:
             await asyncio.sleep(CHECK_S)
             now = self._loop.time()
-            if self._video is None and now - self._opened > limits.start_s:
+            seat = self._seat
+            if seat is not None and seat.watcher is not self:
+                raise Ended(TAKEN, "the video goes on in another connection")
+            if seat is None and now - self._opened > limits.start_s:
                 raise Ended(SILENT, f"no start within {limits.start_s:g} s")
             since = self._outbox.unacknowledged_since
             if since is not None and now - since > limits.ack_s:
@@ -142,17 +156,18 @@ class Watcher:
                     "on_their_way": self._outbox.on_their_way,
                     "age_ms": round((monotonic() - found.made_at) * 1e3, 3),
                 }
-                await self._socket.send_bytes(pack_block(header, images))
+                await self._put(self._socket.send_bytes(pack_block(header, images)))
                 self._service.metrics.sent.inc(len(images))
                 continue
-            await self._socket.send_json(found)
+            await self._put(self._socket.send_json(found))
             if found.get("fatal"):
                 raise Ended(FAILED, str(found["message"]))
 
-    def _show(self, piece: Piece) -> None:
-        lost = self._outbox.put(piece)
-        if lost:
-            self._service.metrics.dropped.inc(lost)
+    async def _put(self, sending: Awaitable[None]) -> None:
+        try:
+            await sending
+        except WebSocketDisconnect as error:  # of sending: no goodbye
+            raise Lost from error
 
     def _from_worker(self, call: Callable[[Any], None]) -> Callable[[Any], None]:
         """`call` for the worker's thread: it runs in the event loop."""
@@ -168,14 +183,19 @@ class Watcher:
     # In.
 
     async def _receive(self) -> None:
+        most = self._service.limits.message_bytes
         while True:
             received = await self._socket.receive()
             if received["type"] == "websocket.disconnect":
-                raise WebSocketDisconnect(received.get("code", 1005))
+                if "reason" in received:  # uvicorn has one from a close frame only
+                    raise WebSocketDisconnect(received.get("code", 1005))
+                raise Lost
             if not self._rate.take(self._loop.time()):
                 self._refused("rate")
                 raise Ended(UNFIT, "too many messages")
             text = received.get("text")
+            if len(text or "") > most:  # whatever server is in front
+                raise Ended(LARGE, f"a message of more than {most} bytes")
             try:
                 if text is None:
                     raise MessageError("a message must be text, found bytes")
@@ -199,12 +219,22 @@ class Watcher:
         self._service.metrics.refused.labels(reason).inc()
 
     async def _obey(self, message: Message) -> None:
-        if message.type == "start":
-            await self._start(message)
+        if message.type in ("start", "continue"):
+            if self._seat is not None:
+                raise MessageError(
+                    f"{message.type}: a video runs already; send prompt, set or reset", "order"
+                )
+            if message.type == "start":
+                await self._start(message)
+            else:
+                self._go_on(message.session)
             return
-        video = self._video
-        if video is None:
+        seat = self._seat
+        if seat is None or seat.video is None:
             raise MessageError(f"{message.type}: comes before start", "order")
+        if seat.watcher is not self:
+            return  # it goes on elsewhere
+        video = seat.video
         if message.type == "ack":
             self._outbox.ack(message.block, self._loop.time())
             return
@@ -213,10 +243,12 @@ class Watcher:
             self._wants.set()
             return
         if message.type in ("pause", "resume"):
+            seat.paused = message.type == "pause"
             self._outbox.forget()
         if message.type == "set":
             video.change(message.settings, message.given)
         elif message.type == "reset":
+            seat.paused = False
             video.reset(message.settings.seed)
         else:
             {
@@ -233,17 +265,18 @@ class Watcher:
             await self._wants.wait()
             self._wants.clear()
             wanted, self._wanted = self._wanted, None
-            if wanted is None or self._video is None:
+            seat = self._seat
+            if wanted is None or seat is None or seat.video is None:
                 continue
             try:
                 context = await self._context(wanted.prompt)
             except AsdError as error:
                 self._refuse("prompt", str(error))
                 continue
-            self._prompts += 1
-            self._video.switch(context, self._prompts, wanted.recache)
-            told = {"type": "prompt", "prompt": wanted.prompt, "prompt_id": self._prompts}
-            self._outbox.event(told)
+            seat.prompts += 1
+            seat.prompt = wanted.prompt
+            seat.video.switch(context, seat.prompts, wanted.recache)
+            self._outbox.event({"type": "prompt", "prompt": seat.prompt, "prompt_id": seat.prompts})
             self._service.worker.wake()
 
     async def _context(self, prompt: str) -> Any:
@@ -252,40 +285,52 @@ class Watcher:
 
     async def _start(self, message: Message) -> None:
         service = self._service
-        if self._video is not None:
-            raise MessageError("start: was sent already; send prompt, set or reset", "order")
         start = None if message.upload is None else service.uploads.get(message.upload)
         context = await self._context(message.prompt)
-        held = ExitStack()
-        if not held.enter_context(service.watchers.hold(self._client)):
-            self._refused("client_sessions")
-            most = service.limits.client_sessions
-            raise Ended(FULL, f"your address has {most} live videos already; close one")
-        place = service.take()
-        if place is None:
-            held.close()
-            self._refused("full")
-            most = service.pool.plan.sessions
-            raise Ended(FULL, f"all {most} places are taken; try again in a minute")
-        service.metrics.sessions.inc()
-        release = self._from_worker(lambda _: held.close())
+        try:
+            seat, place, left = await service.seats.claim(self._client, self, self._outbox)
+        except NoRoom as error:
+            self._refused(error.reason)
+            raise Ended(FULL, str(error)) from error
+        leave = self._from_worker(lambda _: left())
 
         def ended() -> None:  # only then it counts no longer: closing may take a block's time
             service.give(place)
-            release(None)
+            leave(None)
 
-        self._video = LiveVideo(
+        seat.prompt = message.prompt
+        seat.video = LiveVideo(
             session=place,
             pool=service.pool.plan,
             context=context,
             settings=message.settings,
             start=start,
-            show=self._from_worker(self._show),
-            tell=self._from_worker(self._outbox.event),
+            show=self._from_worker(seat.show),
+            tell=self._from_worker(seat.tell),
             ended=ended,
             save=service.clips.from_frames,
             record_bytes=service.limits.record_bytes,
             metrics=service.metrics,
         )
-        self._outbox.event({"type": "started", "prompt": message.prompt, "prompt_id": 0})
-        service.worker.add(self._video)
+        self._seat = seat
+        self._outbox.event(
+            {"type": "started", "prompt": message.prompt, "prompt_id": 0, "session": seat.id}
+        )
+        service.worker.add(seat.video)
+
+    def _go_on(self, session: str) -> None:
+        """With a video whose connection is lost, or that another connection has.
+
+        Raises:
+            MessageError: there is none of this id (any more).
+        """
+        seat = self._service.seats.go_on(session, self, self._outbox)
+        if seat is None:
+            elsewhere = self._service.ids.elsewhere(session)
+            why = "the replica that made it has gone" if elsewhere else "it was kept too long"
+            raise MessageError(
+                f"continue: there is no such video; {why}, or it has ended", "session"
+            )
+        self._seat = seat
+        told = {"type": "continued", "prompt": seat.prompt, "prompt_id": seat.prompts}
+        self._outbox.event(told | {"session": seat.id, "recorded": seat.recorded})

@@ -7,7 +7,7 @@ const PRESETS = [
   "a pink five moving up", "a yellow eight moving down and right", "a white two moving left",
 ];
 const BACKOFF_MS = [500, 1000, 2000, 4000, 8000];
-const UNFIT = 1008, FULL = 1013, SILENT = 4408, FAILED = 4500; // asd_rt/serve/watch.py
+const UNFIT = 1008, FULL = 1013, SILENT = 4408, TAKEN = 4409, FAILED = 4500; // asd_rt/serve/watch.py
 const $ = (id) => document.getElementById(id);
 
 const token = { value: sessionStorage.getItem("asd-rt-token") ?? "" };
@@ -18,7 +18,7 @@ if (location.hash.startsWith("#token=")) {
 
 const live = {
   socket: null, wanted: false, started: false, paused: false, hidden: false, recording: 0, saving: false,
-  failures: 0, retry: 0, upload: null, sentAt: 0, awaited: 0, refusal: "", hello: null,
+  failures: 0, retry: 0, upload: null, session: null, clip: "", notice: "", prompt: "", sentAt: 0, awaited: 0, hello: null,
 };
 
 const player = new Player($("screen"), (header) => {
@@ -39,7 +39,9 @@ function connect() {
   clearInterval(live.retry);
   $("retry").hidden = true;
   setState("connecting", "Connecting");
-  const url = `${location.protocol === "https:" ? "wss" : "ws"}://${location.host}/v1/live`;
+  const near = live.session ?? live.upload; // of several servers, the one that has it
+  const path = `/v1/live${near ? `?near=${encodeURIComponent(near)}` : ""}`;
+  const url = `${location.protocol === "https:" ? "wss" : "ws"}://${location.host}${path}`;
   const protocols = token.value ? ["asd-rt", `token.${token.value}`] : ["asd-rt"];
   const socket = new WebSocket(url, protocols);
   socket.binaryType = "arraybuffer";
@@ -63,7 +65,6 @@ function send(message) {
 async function lost(event) {
   player.clear();
   live.started = false;
-  stopRecordingClock();
   enable();
   if (!live.opened && await isLocked()) {
     setState("locked", "Locked");
@@ -72,17 +73,28 @@ async function lost(event) {
     return;
   }
   if (event.code === SILENT && !live.wanted) return setState("ready", "Ready");
-  if (event.code === UNFIT || event.code === FAILED) {
+  if (event.code === UNFIT || event.code === TAKEN || event.code === FAILED) {
     live.wanted = false;
+    forget();
     problem(event.reason);
     return setState("refused", "Stopped");
   }
-  wait(event.code === FULL ? event.reason : "");
+  wait(event.code === FULL, event.reason);
+}
+
+/** The video cannot be gone on with, nor what was recorded of it. */
+function forget() {
+  live.session = null;
+  const lost = live.recording || live.saving;
+  live.saving = false;
+  stopRecordingClock();
+  enable();
+  return lost ? " The recording is lost with it." : "";
 }
 
 /** Try again after a while that grows, and say so. */
-function wait(reason) {
-  const least = reason ? 3 : 0;
+function wait(full, reason) {
+  const least = full ? 3 : 0;
   const step = Math.min(Math.max(live.failures, least), BACKOFF_MS.length - 1);
   live.failures += 1;
   const at = performance.now() + BACKOFF_MS[step] * (0.85 + 0.3 * Math.random());
@@ -91,7 +103,7 @@ function wait(reason) {
   const tick = () => {
     const left = at - performance.now();
     if (left <= 0) return connect();
-    setState("waiting", `${reason ? "Full" : "Connection lost"}; trying again in ${Math.ceil(left / 1000)} s`);
+    setState("waiting", `${full ? "Full" : "Connection lost"}; trying again in ${Math.ceil(left / 1000)} s`);
   };
   clearInterval(live.retry);
   live.retry = setInterval(tick, 200);
@@ -119,12 +131,18 @@ function keepToken(value) {
 function obey(event) {
   if (event.type === "hello") {
     hello(event);
+  } else if (event.type === "continued") {
+    goesOn(event);
   } else if (event.type === "started" || event.type === "prompt") {
     live.accepted = true;
+    live.session = event.session ?? live.session;
+    hide();
     live.awaited = event.prompt_id;
-    problem("");
+    problem(live.notice);
+    live.notice = "";
     mark(event.prompt);
   } else if (event.type === "recorded") {
+    live.clip = event.id;
     download(event.id);
   } else if (event.type === "ended") {
     live.paused = true;
@@ -132,6 +150,12 @@ function obey(event) {
     setState("paused", "Ended");
   } else if (event.type === "error") {
     live.sentAt = 0;
+    if (event.code === "session") { // too late: a new video, in the same manner
+      const lost = forget();
+      start();
+      live.notice = `The connection was lost for too long, so this is a new video.${lost}`;
+      return;
+    }
     if (event.code === "record") { live.saving = false; stopRecordingClock(); enable(); }
     if (!live.accepted) { // the video has not begun
       live.wanted = live.started = false;
@@ -157,15 +181,36 @@ function hello(event) {
   $("start-field").hidden = !event.starts_from_uploads;
   $("words").hidden = !event.words.length;
   $("words").querySelector("p").textContent = event.words.join(", ");
-  if (live.wanted) start();
-  else setState("ready", "Ready");
+  if (!live.wanted) setState("ready", "Ready");
+  else if (!live.session) start();
+  else {
+    live.started = true;
+    send({ type: "continue", session: live.session });
+  }
+}
+
+/** The video goes on where the connection was lost; what was changed since then is said now. */
+function goesOn(event) {
+  live.accepted = true;
+  live.awaited = event.prompt_id;
+  live.sentAt = 0;
+  problem("");
+  mark(event.prompt);
+  send({ type: "set", steps: steps(), deadline_ms: deadline(), fps: Number($("pace").value) });
+  if (event.prompt !== live.prompt) askForPrompt();
+  if (live.saving && event.recorded && event.recorded !== live.clip) download(event.recorded);
+  if (live.paused) setState("paused", "Paused");
+  enable();
+  hide();
 }
 
 // What the watcher does.
 
 function start() {
+  live.prompt = $("prompt").value.trim();
+  live.session = null;
   const message = {
-    type: "start", prompt: $("prompt").value.trim(), steps: steps(), seed: seed(), fps: Number($("pace").value),
+    type: "start", prompt: live.prompt, steps: steps(), seed: seed(), fps: Number($("pace").value),
     deadline_ms: deadline(),
   };
   if (live.upload) message.upload = live.upload;
@@ -181,14 +226,20 @@ function play() {
   problem("");
   live.wanted = true;
   if (live.socket?.readyState !== WebSocket.OPEN) {
+    live.prompt = $("prompt").value.trim();
     if (live.socket?.readyState !== WebSocket.CONNECTING) connect();
     return; // hello starts it
   }
   if (!live.started) return start();
+  live.prompt = $("prompt").value.trim();
+  askForPrompt();
+  if (live.paused) hold(false);
+}
+
+function askForPrompt() {
   live.sentAt = performance.now();
   live.awaited = Infinity; // until the server says which it is
-  send({ type: "prompt", prompt: $("prompt").value.trim() });
-  if (live.paused) hold(false);
+  send({ type: "prompt", prompt: live.prompt });
 }
 
 function hold(paused) {
@@ -245,7 +296,7 @@ async function download(id) {
       await new Promise((done) => setTimeout(done, 100));
       clip = await (await ask(path)).json();
     }
-    if (clip.status !== "done") throw new Error(clip.error ?? clip.error?.message ?? clip.status);
+    if (clip.status !== "done") throw new Error(clip.error?.message ?? clip.error ?? clip.status);
     const link = document.createElement("a");
     link.href = URL.createObjectURL(await (await ask(`${path}/content`)).blob());
     link.download = "asd-rt.mp4";
@@ -277,6 +328,7 @@ async function startFrom(file) {
   // A video is started once on a connection.
   const old = live.socket;
   live.wanted = true;
+  forget();
   player.clear();
   connect();
   old?.close();
@@ -371,10 +423,11 @@ addEventListener("keydown", (event) => {
   }
 });
 // A page that nobody sees shows no frames, so it asks for none.
-document.addEventListener("visibilitychange", () => {
+function hide() {
   if (document.hidden && live.started && !live.paused) { live.hidden = true; hold(true); }
   else if (!document.hidden && live.hidden) { live.hidden = false; hold(false); }
-});
+}
+document.addEventListener("visibilitychange", hide);
 addEventListener("online", () => { if (document.body.dataset.state === "waiting") connect(); });
 setInterval(() => gauge("fps", live.paused ? 0 : player.fps, ""), 250);
 

@@ -179,6 +179,49 @@ def test_places_are_limited_by_address_and_in_all(server: Server) -> None:
     assert server.metric("asd_rt_sessions") == 0
 
 
+def test_who_loses_the_connection_goes_on_with_the_video(server: Server) -> None:
+    async def lose() -> None:
+        link = await open_socket(server)
+        await link.send(say(type="start", prompt="a red three", fps=30))
+        session = (await event(link, "started"))["session"]
+        await link.send(say(type="prompt", prompt="a blue seven"))
+        assert (await event(link, "prompt"))["prompt_id"] == 1
+        await link.send(say(type="record"))
+        last = (await blocks(link, 4))[-1][0]["block"]
+        link.transport.abort()
+        while not server.metric("asd_rt_lost_sessions"):
+            await asyncio.sleep(0.02)
+        await asyncio.sleep(0.5)
+        async with await open_socket(server) as back:
+            await back.send(say(type="continue", session=session))
+            told = await event(back, "continued")
+            assert (told["prompt"], told["prompt_id"]) == ("a blue seven", 1)
+            first, *_ = await blocks(back, 3)
+            assert last < first[0]["block"] <= last + 4, "it was not played for nobody"
+            assert first[0]["prompt_id"] == 1
+            await back.send(say(type="save"))
+            recorded = await event(back, "recorded")
+            assert recorded["frames"] >= 18, "from both sides of the gap"
+            # Another connection may take it over, as after a change of networks.
+            async with await open_socket(server) as taker:
+                await taker.send(say(type="continue", session=session))
+                assert (await event(taker, "continued"))["recorded"] == recorded["id"]
+                await blocks(taker, 2)
+                with pytest.raises(ConnectionClosed) as closed:
+                    while True:
+                        await asyncio.wait_for(back.recv(), 10)
+                assert closed.value.rcvd.code == 4409
+                await blocks(taker, 2)
+        async with await open_socket(server) as late:  # who said goodbye is gone
+            await late.send(say(type="continue", session=session))
+            assert (await event(late, "error"))["code"] == "session"
+            await late.send(say(type="start", prompt="a red three"))
+            await blocks(late, 1)
+
+    asyncio.run(lose())
+    assert server.metric("asd_rt_lost_sessions") == 0
+
+
 def test_a_recording_holds_all_frames(server: Server) -> None:
     async def record() -> dict[str, Any]:
         async with await open_socket(server) as socket:

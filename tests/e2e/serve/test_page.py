@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import signal
 import socket
+import struct
 from collections.abc import Iterator
+from contextlib import closing, suppress
 from io import BytesIO
 from pathlib import Path
+from threading import Thread
 from time import monotonic
 from typing import Any
 
@@ -16,9 +17,9 @@ import av
 import pytest
 
 from benchmarks.serving_client import Server, running
+from benchmarks.serving_page import find_browser
 
-NAMES = ("chromium", "chromium-browser", "google-chrome")
-BROWSER = os.environ.get("ASD_RT_BROWSER") or next(filter(None, map(shutil.which, NAMES)), None)
+BROWSER = find_browser()
 pytestmark = pytest.mark.skipif(
     BROWSER is None, reason="no browser on this machine; on Debian: apt-get install chromium"
 )
@@ -139,6 +140,66 @@ def test_lose_and_regain_the_connection(page: Any) -> None:
         with running("--port", str(port), "--sessions", "1"):
             page.wait_for_selector("[data-state=live]", timeout=30_000)
             until(page, RED)
+
+
+class Relay:
+    """A TCP relay to a server, whose connections can be cut."""
+
+    def __init__(self, port: int) -> None:
+        self._target = port
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        self._links: list[socket.socket] = []
+        Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with suppress(OSError):  # closed
+            while True:
+                client = self._listener.accept()[0]
+                server = socket.create_connection(("127.0.0.1", self._target))
+                self._links += [client, server]
+                for source, target in ((client, server), (server, client)):
+                    Thread(target=self._pump, args=(source, target), daemon=True).start()
+
+    @staticmethod
+    def _pump(source: socket.socket, target: socket.socket) -> None:
+        with suppress(OSError):
+            while data := source.recv(1 << 16):
+                target.sendall(data)
+            target.shutdown(socket.SHUT_WR)
+
+    def cut(self) -> None:
+        """Reset all connections."""
+        for link in self._links:
+            with suppress(OSError):
+                link.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                link.shutdown(socket.SHUT_RDWR)
+            link.close()
+        self._links.clear()
+
+    def close(self) -> None:
+        self._listener.close()
+        self.cut()
+
+
+def test_the_video_goes_on_when_the_connection_is_back(
+    page: Any, server: Server, tmp_path: Path
+) -> None:
+    with closing(Relay(server.port)) as relay:
+        play(page, relay.url, "a blue seven")
+        until(page, BLUE)
+        sent: list[str] = []
+        page.on("websocket", lambda s: s.on("framesent", lambda data: sent.append(str(data))))
+        page.click("#record")
+        relay.cut()
+        page.wait_for_selector("[data-state=waiting]")
+        page.wait_for_selector("[data-state=live]")
+        assert [m for m in sent if '"continue"' in m], "the video it had"
+        assert not [m for m in sent if '"start"' in m], "no new one"
+        assert page.is_visible("#recording")
+        with page.expect_download() as download:
+            page.click("#record")
+        download.value.save_as(tmp_path / "clip.mp4")
 
 
 def test_a_locked_server_asks_for_its_token(page: Any) -> None:

@@ -7,7 +7,7 @@ import json
 import signal
 
 import pytest
-from websockets.exceptions import ConnectionClosed
+from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from benchmarks.serving_client import open_socket, running
 
@@ -18,6 +18,8 @@ def test_a_watcher_is_told_and_the_process_ends_well() -> None:
         assert process is not None
 
         async def watch() -> int:
+            with pytest.raises(InvalidStatus, match="403"):  # which nobody needs to read about
+                await open_socket(server, origin="https://evil.example")
             async with await open_socket(server) as socket:
                 await socket.send(json.dumps({"type": "start", "prompt": "a red three"}))
                 while not isinstance(await asyncio.wait_for(socket.recv(), 20), bytes):

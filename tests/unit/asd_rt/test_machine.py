@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -110,3 +112,20 @@ def test_memory_of_this_machine() -> None:
     held = bytearray(64 << 20)
     held[:: 1 << 12] = b"x" * len(held[:: 1 << 12])  # touches every page
     assert machine.resident_memory_bytes() >= resident + (48 << 20)
+
+
+def test_freed_memory_goes_back() -> None:
+    script = """
+from asd_rt.machine import give_back_memory, resident_memory_bytes
+small = [bytearray(20_000) for _ in range(4000)]  # from the heap, not pages of their own
+full = resident_memory_bytes()
+last = small[-1]  # the heap's end stays taken
+del small
+kept = resident_memory_bytes()
+give_back_memory()
+print(full, kept, resident_memory_bytes())
+"""
+    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    full, kept, left = map(int, out.stdout.split())
+    assert kept > full - (20 << 20), "the C library keeps it"
+    assert left < full - (60 << 20)

@@ -13,6 +13,7 @@ from PIL import Image
 from asd_rt.engines import PACKAGED_DIR
 from asd_rt.manifest import read_manifest
 from asd_rt.serve import upload_process
+from asd_rt.serve.ids import Ids
 from asd_rt.serve.limits import Limits
 from asd_rt.serve.protocol import MessageError
 from asd_rt.serve.upload_process import Refused, decode, kind_of
@@ -57,7 +58,7 @@ def test_other_kinds_are_refused(data: bytes) -> None:
 
 
 def uploads(**limits: int) -> Uploads:
-    return Uploads(MANIFEST, (32, 32), replace(Limits(), **limits))
+    return Uploads(MANIFEST, (32, 32), replace(Limits(), **limits), Ids())
 
 
 def test_a_process_that_wants_too_much_memory_is_refused() -> None:
@@ -87,7 +88,7 @@ def test_the_oldest_uploads_go() -> None:
 
 def test_an_engine_without_an_encoder_takes_none() -> None:
     parts = {name: part for name, part in MANIFEST.parts.items() if name != "encoder"}
-    kept = Uploads(replace(MANIFEST, parts=parts), (32, 32), Limits())
+    kept = Uploads(replace(MANIFEST, parts=parts), (32, 32), Limits(), Ids())
     with pytest.raises(MessageError, match="no encoder"):
         asyncio.run(kept.add(picture(32, 32)))
 
