@@ -22,10 +22,9 @@ def open_table(config: TrainConfig) -> PromptTable:
     return PromptTable(Path(config.data.embeddings), config.model, "data.embeddings")
 
 
-def prompt_rows(config: TrainConfig, table: PromptTable) -> list[int]:
-    """Rows of `table` of all prompts, each once."""
-    prompts = read_prompts(Path(config.data.prompts), "data.prompts")
-    return table.rows(list(dict.fromkeys(prompts)), f"lines of {config.data.prompts}")
+def listed_prompts(config: TrainConfig) -> list[str]:
+    """The prompts to distil with, each once."""
+    return list(dict.fromkeys(read_prompts(Path(config.data.prompts), "data.prompts")))
 
 
 def open_negative(config: TrainConfig) -> Tensor:
@@ -89,7 +88,7 @@ class ClipData(Data):
         data, self.config, self.seed = config.data, config, seed
         self.latent_hw = (data.latent_hw[0], data.latent_hw[1])
         self.table, self.negative = open_table(config), open_negative(config)
-        self.prompts = prompt_rows(config, self.table)
+        self.prompts = self.table.rows(listed_prompts(config), f"lines of {data.prompts}")
         self.clips = open_clips(config) if data.clips else None
         self.pairs = open_pairs(config) if data.ode_pairs and config.init else None
         self.captions = self.pair_rows = []

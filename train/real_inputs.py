@@ -7,7 +7,7 @@ from pathlib import Path
 from asd_rt.commands.common import Problems
 from asd_rt.config import ModelConfig
 from train.checkpoint import open_weights
-from train.clip_data import open_clips, open_negative, open_pairs, open_table, prompt_rows
+from train.clip_data import listed_prompts, open_clips, open_negative, open_pairs, open_table
 from train.config import TrainConfig
 from train.parallel import check_ranks
 from train.real_config import ParallelConfig
@@ -43,17 +43,22 @@ def check_inputs(config: TrainConfig, ranks: int) -> None:
             open_weights(Path(path), model, name)
     with problems.collect():
         open_negative(config)
+    needed: dict[
+        str, list[str]
+    ] = {}  # prompts that must have an embedding, by where they come from
+    with problems.collect():
+        needed[f"lines of {data.prompts}"] = listed_prompts(config)
+    if data.clips:
+        with problems.collect():
+            clips = open_clips(config).index.clips
+            needed[f"captions of {data.clips}"] = [clip.caption for clip in clips]
+    if data.ode_pairs and config.init is not None:
+        with problems.collect():
+            needed[f"prompts of {data.ode_pairs}"] = open_pairs(config).settings.prompts
+    table = None
     with problems.collect():
         table = open_table(config)
+    for source, prompts in needed.items() if table is not None else ():
         with problems.collect():
-            prompt_rows(config, table)
-        if data.clips:
-            with problems.collect():
-                clips = open_clips(config).index.clips
-                captions = [clip.caption for clip in clips]
-                table.rows(captions, f"captions of {data.clips}")
-        if data.ode_pairs and config.init is not None:
-            with problems.collect():
-                pairs = open_pairs(config)
-                table.rows(pairs.settings.prompts, f"prompts of {data.ode_pairs}")
+            table.rows(prompts, source)
     problems.raise_any()

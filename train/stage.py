@@ -214,7 +214,8 @@ def run_stage(
             if preview is not None and time.monotonic() - last_preview > PREVIEW_EVERY_S:
                 preview(index + 1)
                 last_preview = time.monotonic()
-            if parallel.agree(time.monotonic() - last_save > 60 * parallel.settings.save_minutes):
+            due = time.monotonic() - last_save > 60 * parallel.settings.save_minutes
+            if index + 1 < stage.steps and parallel.agree(due):
                 save(index + 1)
                 last_save = time.monotonic()
         save(stage.steps)

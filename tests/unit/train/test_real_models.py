@@ -163,7 +163,7 @@ def test_a_disk_that_is_full_while_saving(folder: Path, capsys: pytest.CaptureFi
         assert run(config, folder / "out", "--resume") == 1
     said = error_line(capsys)
     assert "step_00000004: cannot be saved" in said
-    assert "is the disk full?" in said
+    assert "is the disk full?" in said or "File too large" in said  # whoever notices it first
     assert f"{whole[0]} is intact" in said
     assert folders(folder / "out" / "distill") == whole[:1]
     assert run(config, folder / "out", "--resume") == 0
