@@ -93,7 +93,7 @@ class Checkpoints:
     """Where a stage's checkpoints are: one file RUN/<stage>.pt, or sharded ones in RUN/<stage>/."""
 
     def __init__(self, run_dir: Path, name: str, sharded: bool) -> None:
-        self.sharded = sharded
+        self.sharded, self._saved = sharded, -1
         self.place = run_dir / name if sharded else run_dir / f"{name}.pt"
 
     def latest(self) -> tuple[Path, Mapping[str, Any]] | None:
@@ -138,9 +138,12 @@ class Checkpoints:
         return state
 
     def save(self, fingerprint: str, step: int, state: dict[str, Any], parallel: Parallel) -> None:
-        if self.sharded:
+        if (
+            self.sharded and step != self._saved
+        ):  # else it is the last step, whose turn had just come
             save_sharded(self.place, fingerprint, step, state, parallel)
-        else:
+            self._saved = step
+        elif not self.sharded:
             save_torch({"fingerprint": fingerprint, "step": step, "stage": state}, self.place)
 
 
@@ -214,8 +217,7 @@ def run_stage(
             if preview is not None and time.monotonic() - last_preview > PREVIEW_EVERY_S:
                 preview(index + 1)
                 last_preview = time.monotonic()
-            due = time.monotonic() - last_save > 60 * parallel.settings.save_minutes
-            if index + 1 < stage.steps and parallel.agree(due):
+            if parallel.agree(time.monotonic() - last_save > 60 * parallel.settings.save_minutes):
                 save(index + 1)
                 last_save = time.monotonic()
         save(stage.steps)
