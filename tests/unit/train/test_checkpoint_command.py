@@ -28,6 +28,14 @@ def listing(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
+def test_a_shallow_network_begins_as_the_whole_one_does(tmp_path: Path) -> None:
+    assert random(tmp_path / "whole", "official", "--dtype", "fp32") == 0
+    assert random(tmp_path / "one", "official", "--dtype", "fp32", "--layers", "1") == 0
+    whole, one = (load_checkpoint(tmp_path / name) for name in ("whole", "one"))
+    assert (whole.config.num_layers, one.config.num_layers) == (2, 1)
+    assert all(torch.equal(whole.weights[name], value) for name, value in one.weights.items())
+
+
 @pytest.mark.parametrize("form", ["official", "diffusers", "self-forcing"])
 def test_random_depends_on_the_seed_alone(
     tmp_path: Path, form: str, capsys: pytest.CaptureFixture[str]
