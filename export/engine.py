@@ -29,7 +29,6 @@ from export.bundle import (
     scratch_folder,
 )
 from export.calibrate import choose_scheme
-from export.emulate import emulated_engine
 from export.lowering import LOWERINGS, Lowering
 from export.onnx import export_part, serialize, tensor_specs
 from export.parity import BUDGETS, accept, measure
@@ -155,11 +154,9 @@ def _fill(
     manifest = make_manifest(checkpoint, settings, target.precision, "onnx", held | parts)
     if is_plan:  # whose graphs say themselves what is computed in which type
         manifest = replace(manifest, runtime="onnxruntime")
-    began, measured = perf_counter(), manifest
-    if is_plan and target.precision == "bf16":
-        measured = emulated_engine(scratch, manifest)
-    denoiser = scratch / measured.parts["denoiser"].file
-    gate = measure(denoiser, measured, checkpoint, model)
+    began = perf_counter()
+    denoiser = scratch / manifest.parts["denoiser"].file
+    gate = measure(denoiser, manifest, checkpoint, model)
     parity = gate.figures
     log.info("  parity    pass %.1e, rollout %.1e (budgets %.0e, %.0e) %.1f s",
              gate.worst_pass, gate.worst_rollout, parity["budget"]["pass"],
@@ -178,13 +175,13 @@ def _fill(
 
     parts = compile_plans(scratch, target.file, settings, parts, target.gpus)
     file.unlink()
-    graphs = "the graphs that the plans were compiled from"
-    if measured is not manifest:
-        graphs = f"float32 versions of {graphs}, rounded to bfloat16 after every operator"
-    parity |= {"measured_with": f"{parity['measured_with']}, on {graphs}"}
-    return make_manifest(
+    told = f"{parity['measured_with']}, on the graphs that the plans were compiled from"
+    parity |= {"measured_with": told}
+    made = make_manifest(
         checkpoint, settings, target.precision, target.backend, parts, target.gpus, parity
     )
+    speed = measure_speed(scratch / target.file, made, scratch.parent)
+    return made if speed is None else replace(made, parity=parity | {"speed": speed})
 
 
 def _scheme(
@@ -250,8 +247,8 @@ def _is_current(engine: Path, wanted: Manifest, allow_inaccurate: bool) -> bool:
         for manifest in (found, wanted)
     )
     differing = [key for key in new if old[key] != new[key]]
-    if _int8_wish(found) != _int8_wish(wanted):
-        differing.append("choice of int8 layers")
+    if _wish(found) != _wish(wanted):
+        differing.append(f"choice of {wanted.precision} layers")
     if differing:
         raise EngineError(
             f"{engine}: exists and was built with another {', '.join(differing)}; {mend}"
@@ -262,12 +259,13 @@ def _is_current(engine: Path, wanted: Manifest, allow_inaccurate: bool) -> bool:
 
 
 def _asked(target: Target) -> dict[str, Any]:
-    """What a manifest's figures say of the wish behind an int8 engine."""
-    return {"int8": {"asked": target.wish.to_json()}} if target.precision == "int8" else {}
+    """What a manifest's figures say of the wish behind an engine of 8 bits."""
+    told = {"asked": target.wish.to_json()}
+    return {target.precision: told} if target.precision in FORMATS else {}
 
 
-def _int8_wish(manifest: Manifest) -> Any:
-    return manifest.parity.get("int8", {}).get("asked")
+def _wish(manifest: Manifest) -> Any:
+    return manifest.parity.get(manifest.precision, {}).get("asked")
 
 
 def _move_in(scratch: Path, engine: Path, manifest: Manifest) -> None:

@@ -22,16 +22,21 @@ from torch import Tensor, nn
 from asd_rt.backends.ort import OrtEngine, open_engine
 from asd_rt.errors import EngineError
 from asd_rt.manifest import Manifest, TensorSpec
-from export.exact_half import element_types, is_half, round_results, staged
 from export.metrics import Array, relative_l2, short
 from export.passes import checkpoint_cases, run_part
 from export.quantize import LAYERS
+from export.rounding import TYPES, element_types, narrow_type, round_results, with_border
+from export.staged import staged
 from train.checkpoint import Checkpoint
 from train.model import WanModel
 
 TRANSPARENT = ("Cast", "QuantizeLinear", "DequantizeLinear")  # between an input and its product
 OUTPUT = "output"  # of a block: the residual stream behind it
-_DTYPES: dict[int, str] = {TensorProto.FLOAT: "float32", TensorProto.FLOAT16: "float16"}
+_DTYPES: dict[int, str] = {
+    TensorProto.FLOAT: "float32",
+    TensorProto.FLOAT16: "float16",
+    TensorProto.BFLOAT16: "bfloat16",
+}
 
 
 @dataclass(frozen=True)
@@ -135,15 +140,16 @@ def exposed(path: Path, manifest: Manifest) -> Iterator[tuple[OrtEngine, dict[st
         if name not in part.outputs:
             more[name] = TensorSpec(_DTYPES[types[name]], (1, "T", "dim"))
             model.graph.output.append(helper.make_tensor_value_info(name, types[name], None))
-    if is_half(manifest):
-        round_results(model)
+    narrow = narrow_type(manifest)
+    if narrow is not None:
+        round_results(model, TYPES[narrow])
     needed = {
         name: entry
         for name, entry in manifest.parts.items()
         if name in ("denoiser", "weights", "time", "prompt")
     }
     needed["denoiser"] = replace(part, outputs={**part.outputs, **more})
-    shown = replace(manifest, parts=needed, tokenizer=None, codec=None, sources={})
+    shown = with_border(replace(manifest, parts=needed, tokenizer=None, codec=None, sources={}))
     with staged(path, shown, {"denoiser": model}) as file:
         engine = open_engine(file, shown)
         try:

@@ -25,7 +25,6 @@ from asd_rt.planner import is_large
 from asd_rt.schedule import Schedule
 from asd_rt.session import Replay, Session
 from export.drift import Drift, build_blocks, longest, measure_drift
-from export.exact_half import as_on_a_card, is_half
 from export.layer_errors import LayerError, measure_layers, worst_layer
 from export.metrics import Array, relative_l2, short
 from export.passes import (
@@ -35,9 +34,11 @@ from export.passes import (
     flat,
     modulations,
     run_part,
+    step_cases,
     worst_error,
 )
 from export.reference import TorchEngine
+from export.rounding import as_on_a_card, narrow_type
 from export.samples import latent_sizes, rollout_frames, sample_context, sample_noise
 from train.checkpoint import Checkpoint
 from train.model import WanModel
@@ -113,7 +114,7 @@ def measure(
     reference = TorchEngine(checkpoint, manifest, model)
     drift = None
     with opened(path, manifest) as engine:
-        device = _device(engine)
+        device = _device(engine, manifest)
         passes = _measure_passes(engine, checkpoint, model)
         rollout = _measure_rollout(engine, checkpoint, reference)
         if blocks != 0:
@@ -138,18 +139,19 @@ def measure(
 @contextmanager
 def opened(path: Path, manifest: Manifest) -> Iterator[OrtEngine]:
     """An ONNX engine to be measured, computing as it does where it will run; closed in the end."""
-    with as_on_a_card(path, manifest) as file:
-        engine = open_engine(file, manifest)
+    with as_on_a_card(path, manifest) as shown:
+        engine = open_engine(*shown)
         try:
             yield engine
         finally:
             engine.close()
 
 
-def _device(engine: OrtEngine) -> str:
+def _device(engine: OrtEngine, manifest: Manifest) -> str:
     """What an engine is measured with, and in which arithmetic where that is another than it says."""
-    if is_half(engine.manifest):
-        return f"{engine.device}, every result rounded to float16"
+    narrow = narrow_type(manifest)
+    if narrow is not None:
+        return f"{engine.device}, every result rounded to {narrow}"
     if engine.manifest.runtime == "openvino" and not bf16_instructions():
         return f"{engine.device}, in float32 for want of bfloat16 instructions"
     return engine.device
@@ -208,6 +210,14 @@ def _measure_passes(engine: OrtEngine, checkpoint: Checkpoint, model: WanModel) 
         t = torch.full((1,), timestep)
         expected = {"modulation": modulations(model, t)[:, 0, 0]}
         note("time", worst_error(run_part(engine, "time", {"timestep": t}), expected))
+    if "step" in worst:
+        note(
+            "step",
+            max(
+                worst_error(run_part(engine, "step", given), made)
+                for given, made in step_cases(manifest, draw)
+            ),
+        )
     for case in checkpoint_cases(manifest, checkpoint, model):
         found = run_part(engine, case.part, case.inputs)
         note(case.part, worst_error(found, case.expected))

@@ -21,6 +21,7 @@ from export.layer_errors import LayerError, measure_layers
 from export.parity import measure, opened
 from export.parity_plot import plot_frames, plot_layers
 from export.parity_report import make_entry, markdown, write_report
+from export.quantize import FORMATS
 from export.reference import TorchEngine
 from export.samples import is_tiny_world
 from train.checkpoint import Checkpoint, load_checkpoint
@@ -188,7 +189,7 @@ def _gate_figures(
     path: Path, manifest: Manifest, reference: _Reference, layers: bool
 ) -> tuple[dict[str, Any], Sequence[LayerError]]:
     """Figures of the build's gate, measured anew, and of layers where asked for."""
-    own = {name: value for name, value in manifest.parity.items() if name in ("speed", "int8")}
+    own = {name: value for name, value in manifest.parity.items() if name in ("speed", *FORMATS)}
     gate = measure(path, manifest, reference.checkpoint, reference.model, blocks=0)
     figures = own | gate.figures
     if not layers or gate.layers:

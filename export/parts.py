@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from asd_rt.errors import ConfigError
-from export.denoiser import DenoiserPart, JoinedPart, PromptPart, TimePart
+from export.conditions import PromptPart, TimePart
+from export.denoiser import DenoiserPart, JoinedPart
 from export.lowering import LOWERINGS, Lowering
 from export.quantize import Scheme
 from train.checkpoint import Checkpoint
@@ -64,6 +65,19 @@ class TextPart(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         return F.embedding(tokens, self.table)
+
+
+class StepPart(nn.Module):
+    """What lies between two passes: noisy latents and their flow -> the input of the next pass.
+
+    The runtime computes it on the host where that has the latents anyway; on a card it runs in the passes'
+    stream, so that a block need not be waited for before it is done.
+    """
+
+    def forward(self, latents: Tensor, flow: Tensor, noise: Tensor, sigmas: Tensor) -> Tensor:
+        """Tensors [1, F, C, h, w]; `sigmas` [2]: of the pass and of the next, 0 = there is none."""
+        clean = latents - sigmas[:1] * flow
+        return (1 - sigmas[1:]) * clean + sigmas[1:] * noise
 
 
 class EncoderPart(nn.Module):
@@ -133,6 +147,9 @@ def engine_parts(
             layers("prompt", c.text_len),
         ),
     }
+    if not lowering.cpu_only:
+        given = dict.fromkeys(("latents", "flow", "noise"), latents)
+        parts["step"] = PartModule(StepPart(), given | {"sigmas": (f32, (2,))}, {"next": latents})
     if lowering.joined:
         mask: TensorShape = (torch.bool, (tokens, "S"))
         parts["joined"] = PartModule(

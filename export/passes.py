@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import cast
 
 import torch
@@ -13,7 +14,7 @@ from asd_rt.backends.ort import OrtEngine
 from asd_rt.kv_cache import joined_mask
 from asd_rt.manifest import Manifest
 from asd_rt.plan import ListedPlan
-from asd_rt.schedule import TRAIN_TIMESTEPS
+from asd_rt.schedule import TRAIN_TIMESTEPS, Schedule, add_noise, flow_to_x0
 from export.metrics import Array, relative_l2
 from export.nonfinite import check_finite
 from export.samples import latent_sizes, rollout_frames, sample_context, sample_latents
@@ -131,6 +132,23 @@ def denoiser_cases(
             inputs = {"latents": x, "modulation": modulations(model, times), "mask": mask}
             inputs |= {"rope_cos": both[0], "rope_sin": both[1]}
             yield Case("joined", inputs | held, {"flow": flow} | flat("new", new))
+
+
+def step_cases(
+    manifest: Manifest, draw: torch.Generator
+) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
+    """Inputs of the step part and what the runtime's own arithmetic makes of them, for all plans."""
+    schedule, block = Schedule(manifest.timestep_shift), manifest.cache.block_frames
+    sigmas = [[step.sigma for step in schedule.steps(count)] for count in range(1, 5)]
+    pairs = {pair for levels in sigmas for pair in pairwise([*levels, 0.0])}
+    for rows, columns in latent_sizes(manifest):
+        shape = (1, block, manifest.model.in_dim, rows, columns)
+        x, flow, noise = (torch.randn(shape, generator=draw) for _ in range(3))
+        for pair in sorted(pairs):
+            clean = flow_to_x0(flow.numpy(), x.numpy(), pair[0])
+            made = add_noise(clean, noise.numpy(), pair[1]) if pair[1] else clean
+            given = {"latents": x, "flow": flow, "noise": noise, "sigmas": torch.tensor(pair)}
+            yield given, {"next": torch.from_numpy(made)}
 
 
 @torch.inference_mode()

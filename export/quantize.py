@@ -53,7 +53,7 @@ FORMATS = {form.name: form for form in (INT8, FP8)}
 
 @dataclass(frozen=True, slots=True)
 class Wish:
-    """What is asked of an int8 engine by hand.
+    """What is asked of an engine of 8 bits by hand.
 
     Attributes:
         keep: layers that stay in floating point, "blocks.3.ffn.up".
@@ -87,7 +87,7 @@ def check_wish(wish: Wish, num_layers: int) -> None:
         if name not in known:
             near = get_close_matches(name, known, n=3, cutoff=0.0)
             raise ConfigError(
-                f"--int8-keep {name}: no such layer among {len(known)}; nearest: {', '.join(near)}"
+                f"--keep-layers {name}: no such layer among {len(known)}; nearest: {', '.join(near)}"
             )
 
 

@@ -22,9 +22,9 @@ from export.onnx import dtype_name
 from export.parts import TensorShape
 from export.umt5 import TABLE, is_matrix
 from export.umt5_source import Umt5Source
+from export.weights import ALIGN_BYTES
 
 PRECISIONS = ("fp32", "fp16", "int8")
-ALIGN_BYTES = 64
 ROWS = 4096  # converted at a time
 _STORED = {"fp32": torch.float32, "fp16": torch.float16, "int8": torch.int8}
 _ONNX = {
@@ -45,7 +45,7 @@ def stored_tensors(source: Umt5Source, precision: str) -> dict[str, TensorShape]
     return found
 
 
-class WeightsFile:
+class TensorFile:
     """Tensors one behind the other; hashed as they are written, since reading gigabytes again takes long."""
 
     def __init__(self, path: Path) -> None:
@@ -53,7 +53,7 @@ class WeightsFile:
         self.places: dict[str, tuple[int, int]] = {}
         self._digest = hashlib.sha256()
 
-    def __enter__(self) -> WeightsFile:
+    def __enter__(self) -> TensorFile:
         self._file = self.path.open("wb")
         return self
 
@@ -82,7 +82,7 @@ class WeightsFile:
         self.size += len(content)
 
 
-def store(source: Umt5Source, name: str, precision: str, weights: WeightsFile) -> None:
+def store(source: Umt5Source, name: str, precision: str, weights: TensorFile) -> None:
     """Write one weight, and its scales where it has some."""
     value = source[name]
 
@@ -127,7 +127,7 @@ def _whole(scaled: Tensor) -> Tensor:
     return scaled.round().clamp(-127, 127).to(torch.int8)
 
 
-def read_from(graph: onnx.ModelProto, weights: WeightsFile, stored: dict[str, TensorShape]) -> None:
+def read_from(graph: onnx.ModelProto, weights: TensorFile, stored: dict[str, TensorShape]) -> None:
     """Turn the inputs that stand for weights into references to the file."""
     given = [value for value in graph.graph.input if value.name not in stored]
     del graph.graph.input[:]
@@ -148,7 +148,7 @@ def read_from(graph: onnx.ModelProto, weights: WeightsFile, stored: dict[str, Te
 class StoredWeights(Mapping[str, Tensor]):
     """The weights in the file, as they are stored."""
 
-    def __init__(self, weights: WeightsFile, stored: Mapping[str, TensorShape]) -> None:
+    def __init__(self, weights: TensorFile, stored: Mapping[str, TensorShape]) -> None:
         self._weights, self._stored = weights, stored
 
     def __getitem__(self, name: str) -> Tensor:

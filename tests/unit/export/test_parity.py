@@ -24,11 +24,11 @@ from asd_rt.plan import FixedPlan
 from export import parity
 from export.build import main as build
 from export.drift import Drift, build_blocks, longest, measure_drift, play
-from export.exact_half import round_results
 from export.layer_errors import LayerError, find_taps, measure_layers, rescaled, worst_layer
 from export.parity_command import main
 from export.quantize import LAYERS
 from export.reference import TorchEngine
+from export.rounding import round_results
 from export.speed import measure_speed, replaced_engine
 from train.checkpoint import Checkpoint, load_checkpoint
 
@@ -348,7 +348,7 @@ def test_float16_is_rounded_after_every_operator() -> None:
         [onnx.numpy_helper.from_array(value, name) for name, value in scales.items()],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10)
-    round_results(model)
+    round_results(model, half)
     onnx.checker.check_model(model, full_check=True)
     session = onnxruntime.InferenceSession(model.SerializeToString())
     (found,) = session.run(["z"], {"x": np.array([1.0009765625, 4], np.float16)})

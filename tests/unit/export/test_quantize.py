@@ -116,7 +116,7 @@ def test_unknown_layers_are_refused_with_the_nearest(
     words = ["--checkpoint", str(student), "--target", "onnx"]
     assert main([*words, "--precision", "int8", "--int8-keep", "blocks.0.fnn.down"]) == 1
     error = capsys.readouterr().err
-    assert "--int8-keep blocks.0.fnn.down: no such layer among 6" in error
+    assert "--keep-layers blocks.0.fnn.down: no such layer among 6" in error
     assert "blocks.0.ffn.down" in error and error.count("\n") == 1
     assert main([*words, "--int8-activations", "float"]) == 1
     assert "--precision int8" in capsys.readouterr().err

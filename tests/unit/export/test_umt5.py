@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from asd_rt.errors import AsdError, CheckpointError, ConfigError
 from export.umt5 import TABLE, Umt5Config, buckets_by_offset, is_matrix
 from export.umt5_source import open_umt5
-from export.umt5_storage import StoredWeights, WeightsFile, store, stored_tensors
+from export.umt5_storage import StoredWeights, TensorFile, store, stored_tensors
 
 
 @pytest.fixture(scope="session")
@@ -321,7 +321,7 @@ def test_stored_weights_are_near_the_source(
     }
     values[TABLE][3] = 0  # a row without a scale
     file = tmp_path_factory.getbasetemp() / "stored.weights"
-    with WeightsFile(file) as weights:
+    with TensorFile(file) as weights:
         for name, value in values.items():
             store(Named(source, value), name, precision, weights)
     stored = StoredWeights(weights, stored_tensors(source, precision))
@@ -361,7 +361,7 @@ def test_values_that_cannot_be_stored(
 ) -> None:
     source = Named(open_umt5(transformers), torch.full((16, 12), value))
     with (
-        WeightsFile(tmp_path / "stored.weights") as weights,
+        TensorFile(tmp_path / "stored.weights") as weights,
         pytest.raises(CheckpointError, match=told),
     ):
         store(source, "blocks.0.attn.q", precision, weights)

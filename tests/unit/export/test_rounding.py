@@ -8,7 +8,7 @@ import onnx
 import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 
-from export.emulate import widen
+from export.rounding import round_results
 
 BF16 = ml_dtypes.bfloat16
 
@@ -36,7 +36,7 @@ def test_rounding_is_that_of_bfloat16() -> None:
         [numpy_helper.from_array(w, "w"), numpy_helper.from_array(b, "b")],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10)
-    widen(model)
+    round_results(model, TensorProto.BFLOAT16)
     onnx.checker.check_model(model, full_check=True)
     session = onnxruntime.InferenceSession(
         model.SerializeToString(), providers=["CPUExecutionProvider"]
