@@ -102,6 +102,7 @@ def timing_record(block: Block, first_index: int = 0) -> dict[str, Any]:
         "pass_ms": block.pass_ms,
         "denoise_ms": block.denoise_ms,
         "cache_ms": block.cache_ms,
+        "hidden_ms": block.hidden_ms,
         "decode_ms": block.decode_ms,
         "block_ms": block.block_ms,
         "frames": block.latents.shape[1] if block.frames is None else len(block.frames),

@@ -7,7 +7,7 @@ later one, and remembers features of what came before. One that is 1 long rememb
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING
@@ -147,8 +147,27 @@ def codec_memory(
     return CodecMemory(state, each * step + (SLACK_BYTES if states else 0), step)
 
 
+@dataclass(frozen=True, slots=True)
+class CodecStep:
+    """One step of a decoder: `size` latent frames from `start` on become `frames` frames from `filled` on.
+
+    Attributes:
+        first: it begins a video.
+    """
+
+    start: int
+    size: int
+    filled: int
+    frames: int
+    first: bool
+
+
 class Decoder:
-    """The decoder of one video at a time: latents of blocks in, their frames out, in order."""
+    """The decoder of one video at a time: latents of blocks in, their frames out, in order.
+
+    Attributes:
+        stream: that runs the steps.
+    """
 
     def __init__(self, engine: Engine, latent_hw: tuple[int, int]) -> None:
         """A decoder for latents of `latent_hw`; its buffers are allocated once, and on the first use.
@@ -157,7 +176,7 @@ class Decoder:
             EngineError: the engine has no decoder part.
         """
         self._temporal = temporal_factor(engine.manifest)
-        self._stream = engine.codec_stream("decoder", latent_hw)
+        self.stream = engine.codec_stream("decoder", latent_hw)
         self._step = codec_memory(engine.manifest, "decoder", latent_hw).step_frames
         self._made: FloatArray = np.empty(0, np.float32)
         self.reset()
@@ -165,6 +184,21 @@ class Decoder:
     def reset(self) -> None:
         """The next latents begin a new video."""
         self._done = 0
+
+    def frames_shape(self, count: int) -> tuple[int, int, int, int, int]:
+        """Shape of the frames that the next `count` latent frames become."""
+        rows, columns = self.stream.frame_hw
+        return (1, block_frame_count(self._temporal, self._done, count), 3, rows, columns)
+
+    def steps(self, count: int) -> Iterator[CodecStep]:
+        """What is to be run for the next `count` latent frames; a step that was taken counts as done."""
+        start = filled = 0
+        while start < count:
+            first = self._temporal > 1 and not self._done
+            size = 1 if first else min(self._step, count - start)
+            frames = block_frame_count(self._temporal, self._done, size)
+            yield CodecStep(start, size, filled, frames, first)
+            start, filled, self._done = start + size, filled + frames, self._done + size
 
     def decode(self, latents: FloatArray) -> FloatArray:
         """Decode the next block.
@@ -176,18 +210,15 @@ class Decoder:
             frames, float32 [1, frames, 3, rows, columns], in -1..1; valid until the next call.
         """
         count = latents.shape[1]
-        rows, columns = self._stream.frame_hw
-        shape = (1, block_frame_count(self._temporal, self._done, count), 3, rows, columns)
+        shape = self.frames_shape(count)
         if self._made.shape != shape:
             self._made = np.empty(shape, np.float32)
-        start = filled = 0
-        while start < count:
-            first = self._temporal > 1 and not self._done
-            size = 1 if first else min(self._step, count - start)
-            frames = block_frame_count(self._temporal, self._done, size)
-            given = np.ascontiguousarray(latents[:, start : start + size], np.float32)
-            self._stream.step(given, self._made[:, filled : filled + frames], first)
-            start, filled, self._done = start + size, filled + frames, self._done + size
+        for step in self.steps(count):
+            given = np.ascontiguousarray(
+                latents[:, step.start : step.start + step.size], np.float32
+            )
+            made = self._made[:, step.filled : step.filled + step.frames]
+            self.stream.step(given, made, step.first)
         return self._made
 
 

@@ -3,7 +3,8 @@
 Per block: make room in the KV cache, denoise by plan, hand the block out, and only when the consumer comes
 back for more, write the clean block into the cache (the pass at t = 0). Frames first, bookkeeping after.
 That pass and the first one of the next block may run as one (`join`): neither reads what the other writes
-but what a mask hides or shows, so the result is the same. Between two blocks the prompt may change, and the
+but what a mask hides or shows, so the result is the same. On a card it runs while the block is decoded
+(`queue`): it is on its way when the frames are handed out. Between two blocks the prompt may change, and the
 cache may be computed anew (`asd_rt.steering`).
 """
 
@@ -12,76 +13,31 @@ from __future__ import annotations
 import sys
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
 from time import perf_counter
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from asd_rt.block import Block as Block
 from asd_rt.costs import Kind
-from asd_rt.deadline import BlockReport, DeadlinePlan
+from asd_rt.deadline import DeadlinePlan
 from asd_rt.errors import ConfigError
 from asd_rt.kv_cache import FrameSlots
 from asd_rt.noise import NoiseAhead
 from asd_rt.request import Request as Request
 from asd_rt.request import check_request
 from asd_rt.request import pad_context as pad_context
-from asd_rt.schedule import Schedule, Step, add_noise, flow_to_x0
+from asd_rt.schedule import CLEAN_TIMESTEP, Schedule, Step, add_noise, flow_to_x0
 from asd_rt.steering import CleanBlocks, Switch, check_refresh
 
 if TYPE_CHECKING:
     from asd_rt.backends.base import Denoiser
+    from asd_rt.backends.overlap import BlockQueue
     from asd_rt.config import CacheConfig
 
 FloatArray = NDArray[np.float32]
-CLEAN_TIMESTEP = 0.0
-
-
-@dataclass(slots=True)
-class Block:
-    """One generated block.
-
-    Attributes:
-        index: counted from the first block of the video, initial ones included.
-        first_frame: absolute index of its first latent frame.
-        latents: clean latents, float32 [B, block_frames, C, h, w].
-        steps: denoising passes that made it.
-        pass_ms: duration of each denoising pass.
-        joined: the first of them was also the cache pass of the block before.
-        started_ms, ready_ms: when its denoising began and ended, since the loop began.
-        cache_ms: duration of its cache pass; None until the consumer asked for the next block, and where that
-            pass was joined with the next block's first or was not needed because the cache was computed anew.
-        switch_ms: duration of a new prompt or a refresh before it; None where there was neither.
-        deadline: how it kept its deadline; None where there is none.
-        frames: decoded video, uint8 [frames, rows, columns, 3]; None where nothing decodes.
-        decode_ms: duration of decoding; None where nothing decodes.
-    """
-
-    index: int
-    first_frame: int
-    latents: FloatArray
-    steps: int
-    pass_ms: list[float]
-    started_ms: float
-    ready_ms: float
-    joined: bool = False
-    cache_ms: float | None = None
-    switch_ms: float | None = None
-    deadline: BlockReport | None = None
-    frames: NDArray[np.uint8] | None = None
-    decode_ms: float | None = None
-
-    @property
-    def denoise_ms(self) -> float:
-        """From the start of the block until its latents were there."""
-        return self.ready_ms - self.started_ms
-
-    @property
-    def block_ms(self) -> float:
-        """The whole block: a change before it, denoising, cache pass and decoding, of those that ran."""
-        others = (self.switch_ms, self.cache_ms, self.decode_ms)
-        return self.denoise_ms + sum(ms or 0.0 for ms in others)
+NOTHING: FloatArray = np.empty(0, np.float32)
 
 
 class FrameLoop:
@@ -90,7 +46,10 @@ class FrameLoop:
     Attributes:
         slots: bookkeeping of the KV cache, to read the cache by.
         join: run a cache pass and the first pass behind it as one; may be set before the first block.
+        queue: where blocks are queued whole, decoding included, instead; may be set before the first block.
     """
+
+    queue: BlockQueue | None = None
 
     def __init__(
         self,
@@ -165,6 +124,7 @@ class FrameLoop:
         given = [] if request.initial is None else np.split(request.initial, self._first, axis=1)
         self._fill_cache(given)
         due: Block | None = None  # whose cache pass is still to come
+        before: tuple[Block, int] | None = None  # the last block and the past of its passes
         index = self._first
         while index <= self._last:
             due, switch_ms = self._turn(index - self._first, due)
@@ -177,22 +137,54 @@ class FrameLoop:
                 past = slots.past_frames + size - len(slots.leaving_slots())
             number = index - self._first
             request.plan.begin(number, past, due is not None)
-            latents, pass_ms = self._denoise(index, self._steps_of(number), due)
+            count = self._steps_of(number)
             block = Block(
                 index=index,
                 first_frame=self._before + slots.committed_frames,
-                latents=latents,
-                steps=len(pass_ms),
-                pass_ms=pass_ms,
+                latents=NOTHING,
+                steps=count,
+                pass_ms=[],
                 started_ms=started_ms,
-                ready_ms=_ms_since(begin),
+                ready_ms=started_ms,
                 joined=due is not None,
                 switch_ms=switch_ms,
             )
-            yield block
-            due, index = block, index + 1
+            if self.queue is None:
+                block.latents, block.pass_ms = self._denoise(index, count, due)
+                block.ready_ms = _ms_since(begin)
+                yield block
+                due = block
+            else:
+                self._run_queued(self.queue, block, before)
+                before = block, past
+                yield block
+            index += 1
         if due is not None and request.commit_last:
             self._commit_block(due)
+
+    def _run_queued(
+        self, queue: BlockQueue, block: Block, before: tuple[Block, int] | None
+    ) -> None:
+        """Queue passes, decoding and cache pass of `block`, and fill in what came out and what it took."""
+        from asd_rt.video import to_uint8
+
+        plan, slots = self._request.plan, self.slots
+        steps, noise = self._schedule.steps(block.steps), self._noise(block.index, block.steps)
+        commits = block.index < self._last or self._request.commit_last
+        made = queue.run(noise, steps, slots.block_range(), slots.past_frames, commits)
+        if before is not None and made.before is not None:
+            earlier, past = before
+            earlier.cache_ms, earlier.hidden_ms = made.before.ms, made.before.hidden_ms
+            plan.observe("cache", past, made.before.ms)
+        for ms in made.pass_ms:
+            plan.observe("pass", slots.past_frames, ms)
+        block.latents, block.pass_ms = made.latents, made.pass_ms
+        block.ready_ms = block.started_ms + made.denoise_ms
+        begin = perf_counter()
+        block.frames = to_uint8(made.frames)
+        block.decode_ms = made.decode_ms + _ms_since(begin)
+        if commits:
+            self._keep(made.latents)
 
     def _steps_of(self, number: int) -> int:
         """Steps of a block; the first of a new video has as many as any first one, or what fits."""
@@ -222,6 +214,8 @@ class FrameLoop:
             self._commit_block(due)
         if switch is None and not refreshes:
             return None, None
+        if self.queue is not None:
+            self.queue.settle()  # a cache pass is no part of the change
         begin = perf_counter()
         if switch is not None:
             self._denoiser.set_prompt(switch.context)
@@ -232,6 +226,8 @@ class FrameLoop:
             self._refresh()
         elif anew:
             self._recache()
+        if self.queue is not None:
+            self.queue.settle()
         switch_ms = _ms_since(begin)
         self._request.plan.charge(switch_ms)
         return None, switch_ms

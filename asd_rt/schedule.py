@@ -17,6 +17,7 @@ STEP_LISTS: dict[int, tuple[int, ...]] = {
     4: (1000, 750, 500, 250),
 }
 MAX_STEPS = 4
+CLEAN_TIMESTEP = 0.0  # of the pass that only writes keys and values
 
 FloatArray = NDArray[np.float32]
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
-from math import inf
 from pathlib import Path
 from types import TracebackType
 
@@ -23,21 +20,21 @@ from asd_rt.arguments import (
 )
 from asd_rt.backends.base import Engine, open_backend
 from asd_rt.backends.shared import SharableEngine, SharedEngine
+from asd_rt.block import Replay as Replay
 from asd_rt.costs import CostModel
 from asd_rt.decoding import Encoder, latent_size
 from asd_rt.engines import best_engine
-from asd_rt.errors import BackendError, ConfigError
-from asd_rt.fitting import check_fits
-from asd_rt.frame_loop import Block, FrameLoop, Request
+from asd_rt.errors import BackendError
+from asd_rt.frame_loop import FrameLoop, Request
 from asd_rt.manifest import REBUILD, Manifest, late_parts
 from asd_rt.noise import check_seed
 from asd_rt.plan import Plan, count_blocks
+from asd_rt.request_checks import check_context, check_memory, latent_hw_of, noise_shape
 from asd_rt.schedule import Schedule
 from asd_rt.stream import Stream
 from asd_rt.text_encoder import TextEncoder
 
 FloatArray = NDArray[np.float32]
-_log = logging.getLogger(__name__)
 
 
 def open_session(
@@ -60,22 +57,6 @@ def open_session(
     """
     path = best_engine() if engine is None else engine
     return Session(open_backend(path, threads, device), join, threads)
-
-
-@dataclass(frozen=True)
-class Replay:
-    """Result of `Session.replay`.
-
-    Attributes:
-        latents: float32 [B, F, C, h, w], initial frames included.
-        blocks: the generated blocks.
-        cache: `kv_cache.layer{i}.k` and `.v`, float32 [B, tokens, H, D], frames oldest first, as after the
-            last cache pass; empty unless asked for.
-    """
-
-    latents: FloatArray
-    blocks: list[Block]
-    cache: dict[str, FloatArray]
 
 
 class Session:
@@ -158,7 +139,7 @@ class Session:
         if not late_parts(manifest):
             return self._engine.encode_prompt(prompt_tokens(path, manifest, prompt))
         if self._text is None:
-            self._text = TextEncoder(path, manifest, self._threads)
+            self._text = TextEncoder(path, manifest, self._threads, engine=self._engine)
         return self._text.encode(prompt)
 
     def generate(
@@ -245,10 +226,10 @@ class Session:
         total = count_blocks(asked, size) * size
         if total:
             total += given
-        self._check_context(context)
+        check_context(manifest, context)
         if initial is not None and initial.ndim == 5 and latent_hw is None:
             latent_hw = (initial.shape[3], initial.shape[4])
-        rows, columns = self._latent_hw(latent_hw)
+        rows, columns = latent_hw_of(self._engine.path, manifest, latent_hw)
         shape = (context.shape[0], total, manifest.model.in_dim, rows, columns)
         if plan is None:
             plan = make_plan(manifest, steps, first_steps, deadline_ms, self._costs)
@@ -261,7 +242,7 @@ class Session:
             refresh_every=refresh_every,
         )
         loop = self._loop(request, join=False)  # finds all that is wrong with the request
-        self._check_memory(request)
+        check_memory(self._engine.path, manifest, request, bool(self._asked_join))
         decodes = "decoder" in manifest.parts and len(context) == 1
         return Stream(
             self._engine, request, loop, self._costs, self._asked_join, decodes, self.context
@@ -327,8 +308,8 @@ class Session:
         Raises:
             ConfigError: shapes that do not fit the engine.
         """
-        shape = self._check_noise(noise)
-        self._check_context(context)
+        shape = noise_shape(self._engine.path, self.manifest, noise)
+        check_context(self.manifest, context)
         request = Request(
             context=context,
             shape=shape,
@@ -341,7 +322,7 @@ class Session:
         )
         loop = self._loop(request, bool(self._asked_join))
         check_renoise(request, self.manifest.cache.block_frames)
-        self._check_memory(request, dump_cache)
+        check_memory(self._engine.path, self.manifest, request, bool(self._asked_join), dump_cache)
         blocks = list(loop)
         parts = [block.latents for block in blocks]
         if initial is not None:
@@ -363,50 +344,3 @@ class Session:
         return FrameLoop(
             self._engine.denoiser, manifest.cache, schedule, request, manifest.model.text_len, join
         )
-
-    def _check_memory(self, request: Request, dumped: bool = False) -> None:
-        """Refuse what this machine has not the memory for, and warn of what no student was trained for."""
-        batch, frames, _, rows, columns = request.shape
-        joined, path, cache = bool(self._asked_join), self._engine.path, self.manifest.cache
-        held = frames or cache.window_frames
-        check_fits(path, self.manifest, held, (rows, columns), batch, joined, dumped)
-        every = request.refresh_every * cache.block_frames
-        longest = min(every or inf, frames or inf)
-        trained = self.manifest.checkpoint.get("trained_frames", longest)
-        if longest > trained:
-            _log.warning("%s: %s latent frames, but its student was trained on %d: later ones may drift",
-                         path, frames or "endless", trained)  # fmt: skip
-
-    def _latent_hw(self, asked: tuple[int, int] | None) -> tuple[int, int]:
-        fixed = self.manifest.latent_hw
-        if fixed is None and asked is None:
-            raise ConfigError(
-                f"{self._engine.path}: fixes no latent size; build it with --latent-size HxW, or use "
-                "asd-rt replay"
-            )
-        if fixed and asked and fixed != asked:
-            raise ConfigError(
-                f"{self._engine.path}: is fixed to latents of {fixed[0]}x{fixed[1]}, found "
-                f"{asked[0]}x{asked[1]}"
-            )
-        rows, columns = fixed or asked or (0, 0)
-        if rows < 2 or columns < 2 or rows % 2 or columns % 2:
-            raise ConfigError(f"a latent size must be even, found {rows}x{columns}")
-        return rows, columns
-
-    def _check_noise(self, noise: FloatArray) -> tuple[int, int, int, int, int]:
-        """Shape of the video that `noise` stands for."""
-        channels = self.manifest.model.in_dim
-        if noise.ndim != 5 or 0 in noise.shape or noise.shape[2] != channels:
-            raise ConfigError(f"noise must be [B, F, {channels}, h, w], found {list(noise.shape)}")
-        batch, frames, _, rows, columns = noise.shape
-        return (batch, frames, channels, *self._latent_hw((rows, columns)))
-
-    def _check_context(self, context: FloatArray) -> None:
-        model = self.manifest.model
-        good = context.ndim == 3 and 0 not in context.shape and context.shape[2] == model.text_dim
-        if not good or context.shape[1] > model.text_len:
-            raise ConfigError(
-                f"context must be [B, tokens <= {model.text_len}, {model.text_dim}], found "
-                f"{list(context.shape)}"
-            )

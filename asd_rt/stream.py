@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from asd_rt.backends.overlap import OverlappingEngine
 from asd_rt.costs import CostModel
 from asd_rt.deadline import DeadlinePlan
 from asd_rt.decoding import Decoder
@@ -107,16 +108,17 @@ class Stream(Iterator[Block]):
             # A codec that remembers must have seen them, to go on from them.
             self.start_frames = to_uint8(decoder.decode(request.initial), 1)
         self._loop.join = join
+        if decoder is not None and isinstance(self._engine, OverlappingEngine):
+            self._loop.queue = self._engine.block_queue(decoder)
         before: Block | None = None
         for number, block in enumerate(self._loop):
-            if decoder is not None:
+            if decoder is not None and block.frames is None:
                 begin = perf_counter()
                 block.frames = to_uint8(decoder.decode(block.latents), 1)
                 block.decode_ms = (perf_counter() - begin) * 1e3
+            if block.decode_ms is not None:
                 plan.observe("decode", 0, block.decode_ms)
-            between_ms = (block.switch_ms or 0.0) + (
-                0.0 if before is None else before.cache_ms or 0.0
-            )
+            between_ms = (block.switch_ms or 0.0) + (0.0 if before is None else before.behind_ms)
             plan.finish(number, between_ms + block.denoise_ms + (block.decode_ms or 0.0))
             block.deadline = plan.report(number)
             yield block

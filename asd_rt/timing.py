@@ -4,7 +4,8 @@ A record is one block's durations: {"block", "steps", "denoise_ms", "cache_ms", 
 "frames"}. `cache_ms` and `decode_ms` are None where that did not happen; `block_ms` is the whole block,
 cache pass and decoding included; `frames` are of video, or latent ones where nothing decodes. Several runs
 follow one another in one list: block 0 begins a run. A record may have more: `pass_ms`, each pass; `joined`,
-whether the first of them was also the cache pass of the block before; and where there was a deadline,
+whether the first of them was also the cache pass of the block before; `hidden_ms`, how much of the cache pass
+ran while the block was decoded (`block_ms` is without it); and where there was a deadline,
 `missed` and `slack_ms`, which is negative when the block came late.
 """
 
@@ -131,7 +132,8 @@ def _count(late: int, timed: Sequence[Record]) -> dict[str, float]:
 
 def _bare_ms(record: Record) -> float:
     whole: float = record["block_ms"]
-    return whole - (record["decode_ms"] or 0.0)
+    hidden: float = record.get("hidden_ms", 0.0)  # without decoding there is nothing to hide behind
+    return whole - (record["decode_ms"] or 0.0) + hidden
 
 
 def _single_passes(record: Record) -> Sequence[float]:
@@ -151,8 +153,7 @@ def _fps(records: Sequence[Record]) -> dict[str, float | None]:
     """Frames a second of `records`, with decoding and without."""
     frames = sum(r.get("frames") or 0 for r in records)
     whole_ms = sum(r["block_ms"] for r in records)
-    decode_ms = sum(r["decode_ms"] or 0.0 for r in records)
-    bare_ms = whole_ms - decode_ms
+    bare_ms = sum(_bare_ms(r) for r in records)
     decoded = any(r["decode_ms"] is not None for r in records)
     return {
         "with_decode": round(1e3 * frames / whole_ms, 2) if frames and decoded else None,

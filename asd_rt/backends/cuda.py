@@ -1,13 +1,11 @@
-"""The little of CUDA that a backend needs, by way of cuda-python: probe, memory, two streams, graphs."""
+"""The little of CUDA that a backend needs, by way of cuda-python: probe, memory, streams, events, graphs."""
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from asd_rt.errors import BackendError
@@ -116,9 +114,13 @@ class Cuda:
     def download(self, array: NDArray[Any], address: int, stream: Any = None) -> None:
         """Copy from the device into `array`, after everything queued on the stream; waits for it."""
         stream = self.stream if stream is None else stream
-        kind = self._runtime.cudaMemcpyKind.cudaMemcpyDeviceToHost
-        self._copy(array.ctypes.data, address, array.nbytes, kind, stream)
+        self.fetch(array.ctypes.data, address, array.nbytes, stream)
         self.synchronize(stream)
+
+    def fetch(self, target: int, address: int, size_bytes: int, stream: Any) -> None:
+        """Queue a copy from the device to host memory, which must be pinned where nothing is to wait."""
+        kind = self._runtime.cudaMemcpyKind.cudaMemcpyDeviceToHost
+        self._copy(target, address, size_bytes, kind, stream)
 
     def copy(self, target: int, source: int, size_bytes: int) -> None:
         """Copy inside the device, queued on `stream`."""
@@ -129,10 +131,11 @@ class Cuda:
         if size_bytes:
             self._checked(self._runtime.cudaMemcpyAsync(target, source, size_bytes, kind, stream))
 
-    def new_event(self) -> Any:
-        """An event for `record`."""
+    def new_event(self, timed: bool = False) -> Any:
+        """An event for `record`; `timed` where `elapsed_ms` is to know when it happened."""
         runtime = self._runtime
-        event = self._checked(runtime.cudaEventCreateWithFlags(runtime.cudaEventDisableTiming))
+        flags = runtime.cudaEventDefault if timed else runtime.cudaEventDisableTiming
+        event = self._checked(runtime.cudaEventCreateWithFlags(flags))
         self._events.append(event)
         return event
 
@@ -144,9 +147,29 @@ class Cuda:
         """`event` happens when all that is queued on `stream` by now has run."""
         self._checked(self._runtime.cudaEventRecord(event, stream))
 
+    def follow(self, stream: Any, event: Any) -> None:
+        """Let what is queued on `stream` from now on wait for `event`; the host does not."""
+        self._checked(self._runtime.cudaStreamWaitEvent(stream, event, 0))
+
     def wait(self, event: Any) -> None:
-        """Let the host wait for `event`; returns at once where it was never recorded."""
+        """Let the host wait for `event`; returns at once where it was never recorded.
+
+        Raises:
+            BackendError: what was queued before it failed.
+        """
         self._checked(self._runtime.cudaEventSynchronize(event))
+
+    def has_happened(self, event: Any) -> bool:
+        """Whether `event` has happened already, or was never recorded."""
+        error, *_ = self._runtime.cudaEventQuery(event)
+        if error == self._runtime.cudaError_t.cudaErrorNotReady:
+            return False
+        self._checked((error,))
+        return True
+
+    def elapsed_ms(self, begin: Any, end: Any) -> float:
+        """Time between two timed events, both of which have happened."""
+        return float(self._checked(self._runtime.cudaEventElapsedTime(begin, end)))
 
     def capture(self, queue: Callable[[], None]) -> Any:
         """What `queue` queues on `stream`, as a graph for `launch`; nothing of it runs.
@@ -205,55 +228,3 @@ class Cuda:
         results = [release(handle) for release, handle in todo]
         for result in results:
             self._checked(result)
-
-
-class DeviceArray:
-    """A device buffer that grows to what is put into it, with pinned memory that it is filled from."""
-
-    def __init__(self, cuda: Cuda, stream: Any = None) -> None:
-        """A buffer used on `stream` (None = that of passes)."""
-        self._cuda, self._address, self._bytes = cuda, 0, 0
-        self._stream = cuda.stream if stream is None else stream
-        self._host, self._host_bytes = 0, 0
-        self._copied: Any = None
-
-    def room(self, size_bytes: int) -> int:
-        """Address of at least `size_bytes`; older contents are lost when it grows."""
-        if not self._address or size_bytes > self._bytes:
-            self._release_device()
-            self._address, self._bytes = self._cuda.allocate(size_bytes), size_bytes
-        return self._address
-
-    def _release_device(self) -> None:
-        if self._address:
-            self._cuda.synchronize(self._stream)
-            address, self._address = self._address, 0
-            self._cuda.free(address)
-
-    def release(self) -> None:
-        """Free the buffer, after everything queued has run."""
-        self._release_device()
-        if self._host:
-            host, self._host, self._host_bytes = self._host, 0, 0
-            self._cuda.free_host(host)
-        if self._copied is not None:
-            event, self._copied = self._copied, None
-            self._cuda.free_event(event)
-
-    def put(self, array: NDArray[Any]) -> Binding:
-        """Queue the upload of a copy of `array`; waits for nothing but its own last upload."""
-        array = np.ascontiguousarray(array)
-        address = self.room(array.nbytes)
-        if self._copied is None:
-            self._copied = self._cuda.new_event()
-        else:
-            self._cuda.wait(self._copied)
-        if not self._host or array.nbytes > self._host_bytes:
-            if self._host:
-                host, self._host = self._host, 0
-                self._cuda.free_host(host)
-            self._host, self._host_bytes = self._cuda.allocate_host(array.nbytes), array.nbytes
-        ctypes.memmove(self._host, array.ctypes.data, array.nbytes)
-        self._cuda.upload(address, self._host, array.nbytes, self._stream)
-        self._cuda.record(self._copied, self._stream)
-        return address, array.shape

@@ -1,6 +1,7 @@
 """An engine on an NVIDIA card, whatever runs its parts: TensorRT or ONNX Runtime.
 
-Passes and what serves them share one stream; the codec has its own, so that neither waits for the other.
+Passes and what serves them share one stream; the codec has its own, so that a block is decoded while its
+cache pass runs.
 """
 
 from __future__ import annotations
@@ -13,13 +14,18 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from asd_rt.backends.base import FloatArray
-from asd_rt.backends.cuda import Binding, Cuda, DeviceArray
+from asd_rt.backends.base import Denoiser, FloatArray
+from asd_rt.backends.cuda import Binding, Cuda
 from asd_rt.backends.device_codec import DeviceCodecStream
 from asd_rt.backends.device_denoiser import DeviceDenoiser
+from asd_rt.backends.device_memory import DeviceArray
+from asd_rt.backends.device_queue import DeviceQueue
+from asd_rt.decoding import Decoder
 from asd_rt.errors import BackendError
 from asd_rt.manifest import Manifest, part_path
 from asd_rt.manifest_schema import CODEC_GRAPHS
+
+RELEASE_BYTES = 1 << 30  # of a text encoder; a larger one is released after each prompt
 
 
 class DeviceContext(Protocol):
@@ -54,6 +60,9 @@ class DevicePart(Protocol):
     def new_context(self) -> DeviceContext:
         """A context for one size of pass."""
 
+    def release(self) -> None:
+        """Free its memory, after everything queued has run; it and its contexts are of no use afterwards."""
+
 
 class DeviceEngine(ABC):
     """All parts of an engine; see `asd_rt.backends.base.Engine`."""
@@ -83,23 +92,32 @@ class DeviceEngine(ABC):
         """Another denoiser over the same parts, with a KV cache of its own; the caller releases it."""
         return DeviceDenoiser(self)
 
-    def _run_host(self, name: str, source: str, target: str, array: NDArray[Any]) -> FloatArray:
-        """Run a part with one input and one output that live on the host."""
-        context, given, made = self.part(name).usual, DeviceArray(self.cuda), DeviceArray(self.cuda)
+    def _run_host(self, name: str, target: str, **arrays: NDArray[Any]) -> FloatArray:
+        """Run a part with one output, whose tensors live on the host."""
+        context, made = self.part(name).usual, DeviceArray(self.cuda)
+        given = {source: DeviceArray(self.cuda) for source in arrays}
         try:
-            context.set_inputs({source: given.put(array)})
+            context.set_inputs({source: given[source].put(x) for source, x in arrays.items()})
             result = np.empty(context.shape_of(target), np.float32)
             address = made.room(result.nbytes)
             context.set_outputs({target: address})
             context.run()
             self.cuda.download(result, address)
         finally:
-            made.release()
-            given.release()
+            for buffer in (made, *given.values()):
+                buffer.release()
         return result
 
     def encode_prompt(self, tokens: NDArray[np.int64]) -> FloatArray:
-        return self._run_host("text", "tokens", "context", tokens)
+        part = self.manifest.parts.get("text")
+        if part is None or "mask" not in part.inputs:
+            return self._run_host("text", "context", tokens=tokens)
+        context = self._run_host("text", "context", tokens=tokens, mask=np.ones_like(tokens))
+        if (
+            part.bytes > RELEASE_BYTES
+        ):  # it runs once a prompt, and the card has other uses for its memory
+            self._parts.pop("text").release()
+        return context
 
     def codec_stream(self, part: str, latent_hw: tuple[int, int]) -> DeviceCodecStream:
         key = (part, latent_hw)
@@ -111,6 +129,17 @@ class DeviceEngine(ABC):
         """As `codec_stream`, but with feature caches of its own; the caller releases it."""
         part_path(self.path, self.manifest, part)  # raises where there is none
         return DeviceCodecStream(self, part, latent_hw)
+
+    def block_queue(self, decoder: Decoder, denoiser: Denoiser | None = None) -> DeviceQueue | None:
+        """See `asd_rt.backends.overlap.OverlappingEngine`; engines built before there was one have none."""
+        own, stream = denoiser or self.denoiser, decoder.stream
+        if "step" not in self.manifest.parts or not isinstance(own, DeviceDenoiser):
+            return None
+        if not isinstance(stream, DeviceCodecStream):
+            return None
+        queue = own.queue(stream)
+        queue.begin(decoder)
+        return queue
 
     def close(self) -> None:
         """Release everything, after a failed pass too."""

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from asd_rt.backends.base import FloatArray
-from asd_rt.backends.cuda import Binding, DeviceArray
+from asd_rt.backends.cuda import Binding
+from asd_rt.backends.device_memory import DeviceArray
 from asd_rt.decoding import NEW, SIDES, STATE, frame_size, resolve_shape
 
 if TYPE_CHECKING:
@@ -42,9 +43,27 @@ class DeviceCodecStream:
         self._new = {name: buffer() for name in self._specs}
 
     def step(self, given: FloatArray, made: FloatArray, first: bool) -> None:
+        cuda = self._engine.cuda
+        address = self._run(self._given.put(given), made.nbytes, first)
+        cuda.download(made, address, cuda.codec_stream)
+
+    def queue(self, given: Binding, target: int, size_bytes: int, first: bool) -> None:
+        """Queue a step.
+
+        Args:
+            given: on the device; its contents must stay until the step has run.
+            target: pinned host memory that what is made is copied to.
+            size_bytes: of what is made.
+            first: as in `step`.
+        """
+        cuda = self._engine.cuda
+        cuda.fetch(target, self._run(given, size_bytes, first), size_bytes, cuda.codec_stream)
+
+    def _run(self, given: Binding, size_bytes: int, first: bool) -> int:
+        """Queue a step; returns where on the device its result will be."""
         part = self._engine.part(f"{self._part}_first" if first else self._part).usual
-        inputs: dict[str, Binding] = {self._input: self._given.put(given)}
-        outputs = {self._output: self._made.room(made.nbytes)}
+        inputs: dict[str, Binding] = {self._input: given}
+        outputs = {self._output: self._made.room(size_bytes)}
         for name, (shape, width) in self._specs.items():
             if not first:
                 inputs[name] = (self._old[name].room(prod(shape) * width), shape)
@@ -52,9 +71,8 @@ class DeviceCodecStream:
         part.set_inputs(inputs)
         part.set_outputs(outputs)
         part.run()
-        cuda = self._engine.cuda
-        cuda.download(made, outputs[self._output], cuda.codec_stream)
         self._old, self._new = self._new, self._old
+        return outputs[self._output]
 
     def release(self) -> None:
         """Free all memory; the stream is of no use afterwards."""

@@ -28,7 +28,7 @@ CPU_PROVIDER = "CPUExecutionProvider"
 INSTALL = "pip install 'asd-rt[cpu]'"
 SMALL_BYTES = 16 << 20  # of an engine's weights
 SMALL_CODEC_BYTES = 1 << 20  # its convolutions do more with a weight
-_LATE = ("joined", "encoder_first", "encoder", "weights", "codec_weights")  # or never
+_LATE = ("joined", "step", "encoder_first", "encoder", "weights", "codec_weights")  # or never
 _PASSES = ("denoiser", "joined")  # the parts that run all the time
 _log = logging.getLogger(__name__)
 

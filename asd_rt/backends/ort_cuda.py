@@ -78,6 +78,10 @@ class OrtCudaPart:
         """Tensors of one size of pass."""
         return OrtCudaContext(self)
 
+    def release(self) -> None:
+        """Let go of the session; see `asd_rt.backends.device.DevicePart`."""
+        del self.usual, self.session
+
 
 class OrtCudaContext:
     """See `asd_rt.backends.device.DeviceContext`."""

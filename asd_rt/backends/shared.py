@@ -9,6 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from asd_rt.backends.base import CodecStream, Denoiser, Engine, FloatArray
+from asd_rt.backends.overlap import BlockQueue, OverlappingEngine
+from asd_rt.decoding import Decoder
 from asd_rt.manifest import Manifest
 
 
@@ -78,6 +80,11 @@ class SharedEngine:
 
     def new_codec_stream(self, part: str, latent_hw: tuple[int, int]) -> OwnCodecStream:
         return self._engine.new_codec_stream(part, latent_hw)
+
+    def block_queue(self, decoder: Decoder, denoiser: Denoiser | None = None) -> BlockQueue | None:
+        if not isinstance(self._engine, OverlappingEngine):
+            return None
+        return self._engine.block_queue(decoder, denoiser or self._denoiser)
 
     def close(self) -> None:
         """Release what is this video's only; the engine goes on."""

@@ -61,6 +61,12 @@ class TrtPart:
         context.set_device_memory(self._scratch, self._scratch_bytes)
         return TrtContext(self, context)
 
+    def release(self) -> None:
+        """Free its memory, after everything queued has run; it and its contexts are of no use afterwards."""
+        self.cuda.synchronize(self.stream)
+        self._usual = self._engine = None
+        self.cuda.free(self._scratch)
+
     @property
     def usual(self) -> TrtContext:
         """The context of runs whose tensors change from run to run."""

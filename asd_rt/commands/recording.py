@@ -192,6 +192,7 @@ def durations(block: Block) -> dict[str, Any]:
         "pass_ms": [round(ms, 3) for ms in block.pass_ms],
         "denoise_ms": rounded(block.denoise_ms),
         "cache_ms": rounded(block.cache_ms),
+        "hidden_ms": rounded(block.hidden_ms),
         "switch_ms": rounded(block.switch_ms),
         "decode_ms": rounded(block.decode_ms),
         "block_ms": rounded(block.block_ms),

@@ -6,9 +6,11 @@ the frame loop over both must agree.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -16,10 +18,12 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from asd_rt.backends import cuda
 from asd_rt.config import CacheConfig, ModelConfig
 from asd_rt.kv_cache import Move
 from asd_rt.manifest import Manifest, Part, TensorSpec, sha256_file, write_manifest
 from asd_rt.rope import rope_table
+from tests.unit.asd_rt.fake_card import FakeCuda, FakeRuntime, FakeTrt
 
 MODEL = ModelConfig(
     dim=12,
@@ -225,6 +229,21 @@ def _time(path: Path) -> Part:
     return g.save(path, {"timestep": f32(1)}, {"modulation": f32(14, 12)})
 
 
+def _step(path: Path) -> Part:
+    g = _Graph()
+    first, second = (_cut_axis(g, "sigmas", i) for i in range(2))
+    clean = g("Sub", "latents", g("Mul", first, "flow"))
+    rest = g("Mul", g("Sub", g.const(1.0), second), clean)
+    g("Add", rest, g("Mul", second, "noise"), out="next")
+    shape = f32(1, "F", 2, "h", "w")
+    given = dict.fromkeys(("latents", "flow", "noise"), shape) | {"sigmas": f32(2)}
+    return g.save(path, given, {"next": shape})
+
+
+def _cut_axis(g: _Graph, x: str, place: int) -> str:
+    return g("Slice", x, *(g.const([n], np.int64) for n in (place, place + 1, 0)))
+
+
 def _prompt(path: Path) -> Part:
     g = _Graph()
     y = g("Tanh", g("MatMul", "context", g.const(W_PROMPT)))
@@ -333,6 +352,7 @@ def build_toy(
         "denoiser": _denoiser(path),
         "time": _time(folder / "toy_fp32.time.onnx"),
         "prompt": _prompt(folder / "toy_fp32.prompt.onnx"),
+        "step": _step(folder / "toy_fp32.step.onnx"),
         "text": _text(folder / "toy_fp32.text.onnx"),
         "decoder": _decoder(folder / "toy_fp32.decoder.onnx"),
     }
@@ -398,3 +418,18 @@ def respell() -> Callable[..., ToyEngine]:
 @pytest.fixture
 def network() -> ToyNetwork:
     return ToyNetwork()
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., FakeCuda]:
+    """Install a fake TensorRT and a fake CUDA with so many cards."""
+
+    def install(kind: type[FakeCuda] = FakeCuda, **settings: Any) -> FakeCuda:
+        runtime = kind(**settings)
+        monkeypatch.setitem(sys.modules, "tensorrt_rtx", FakeTrt("tensorrt_rtx", runtime))
+        monkeypatch.setattr("asd_rt.backends.tensorrt.import_cuda", lambda: runtime)
+        monkeypatch.setattr(cuda, "import_cuda", lambda: runtime)
+        FakeRuntime.made = 0
+        return runtime
+
+    return install

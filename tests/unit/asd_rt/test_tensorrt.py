@@ -1,8 +1,4 @@
-"""The TensorRT backend without a card: its checks, and its loop on a machine made of host memory.
-
-`FakeCuda` hands out host memory as device memory and `FakeTrt` runs the toy engine's graphs in ONNX Runtime
-on the addresses bound to it, so that buffers, prefixes, offsets and moves are those of a real run.
-"""
+"""The TensorRT backend without a card: its checks, and its loop on a machine made of host memory."""
 
 from __future__ import annotations
 
@@ -10,16 +6,12 @@ import ctypes
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from enum import Enum
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
-import onnxruntime
 import pytest
 
-from asd_rt.backends import cuda
 from asd_rt.backends.ort import open_engine as open_ort
 from asd_rt.backends.shared import SharedEngine
 from asd_rt.backends.tensorrt import open_engine
@@ -28,295 +20,16 @@ from asd_rt.errors import AsdError, BackendError, EngineError
 from asd_rt.manifest import Manifest
 from asd_rt.plan import ListedPlan
 from asd_rt.session import Replay, Session
-
-DTYPES = {"tensor(float)": np.float32, "tensor(int64)": np.int64}
-
-
-class Error(Enum):
-    cudaSuccess = 0
-    cudaErrorInsufficientDriver = 35
-    cudaErrorMemoryAllocation = 2
-    cudaErrorStreamCaptureUnsupported = 900
-
-
-class Kind(Enum):
-    cudaMemcpyHostToDevice = 1
-    cudaMemcpyDeviceToHost = 2
-    cudaMemcpyDeviceToDevice = 3
-
-
-class Attribute(Enum):
-    cudaDevAttrComputeCapabilityMajor = 8
-    cudaDevAttrComputeCapabilityMinor = 9
-
-
-class CaptureMode(Enum):
-    cudaStreamCaptureModeThreadLocal = 1
-
-
-PASSES, CODEC = 7, 8  # streams, in the order in which they are made
-OK = Error.cudaSuccess
-
-
-class FakeCuda(ModuleType):
-    """cuda.bindings.runtime over host memory, which notes what is done in which order.
-
-    Attributes:
-        memory: buffers by address, of the device and pinned.
-        calls: (what, stream, more) of everything queued, replayed or waited for.
-        captured: while a stream is capturing, what it would do.
-    """
-
-    cudaError_t, cudaMemcpyKind, cudaDeviceAttr = Error, Kind, Attribute
-    cudaStreamCaptureMode = CaptureMode
-    cudaEventDisableTiming, cudaStreamNonBlocking = 2, 1
-
-    def __init__(self, cards: int = 1, error: Error = Error.cudaSuccess) -> None:
-        super().__init__("cuda.bindings.runtime")
-        self.cards, self.error = cards, error
-        self.memory: dict[int, Any] = {}
-        self.streams: list[int] = []
-        self.graphs: dict[int, list[Callable[[], None]]] = {}
-        self.executables: dict[int, list[Callable[[], None]]] = {}
-        self.events: set[int] = set()
-        self.captured: list[Callable[[], None]] | None = None
-        self.calls: list[tuple[Any, ...]] = []
-        self.handle = 100
-
-    def cudaGetDeviceCount(self) -> tuple[Error, int]:
-        return self.error, self.cards
-
-    def cudaDeviceGetAttribute(self, kind: Attribute, card: int) -> tuple[Error, int]:
-        return OK, kind.value
-
-    def cudaDeviceGetStreamPriorityRange(self) -> tuple[Error, int, int]:
-        return OK, 0, -5
-
-    def cudaStreamCreateWithPriority(self, flags: int, priority: int) -> tuple[Error, int]:
-        assert flags == self.cudaStreamNonBlocking
-        self.streams.append(PASSES if priority == 0 else CODEC)
-        return OK, self.streams[-1]
-
-    def cudaStreamDestroy(self, stream: int) -> tuple[Error]:
-        self.streams.remove(stream)
-        return (OK,)
-
-    def cudaStreamSynchronize(self, stream: int) -> tuple[Error]:
-        assert self.captured is None, "a stream that captures must not be waited for"
-        self.calls.append(("synchronize", stream))
-        return (OK,)
-
-    def _make(self) -> int:
-        self.handle += 1
-        return self.handle
-
-    def cudaEventCreateWithFlags(self, flags: int) -> tuple[Error, int]:
-        self.events.add(self._make())
-        return OK, self.handle
-
-    def cudaEventRecord(self, event: int, stream: int) -> tuple[Error]:
-        self.calls.append(("record", stream, event))
-        return (OK,)
-
-    def cudaEventSynchronize(self, event: int) -> tuple[Error]:
-        self.calls.append(("wait", None, event))
-        return (OK,)
-
-    def cudaEventDestroy(self, event: int) -> tuple[Error]:
-        self.events.remove(event)
-        return (OK,)
-
-    def _allocate(self, size: int) -> tuple[Error, int]:
-        assert self.captured is None, "nothing may be allocated while a stream captures"
-        buffer = ctypes.create_string_buffer(size)
-        self.memory[ctypes.addressof(buffer)] = buffer
-        return OK, ctypes.addressof(buffer)
-
-    cudaMalloc = cudaMallocHost = _allocate
-
-    def _free(self, address: int) -> tuple[Error]:
-        del self.memory[address]
-        return (OK,)
-
-    cudaFree = cudaFreeHost = _free
-
-    def queue(self, what: str, stream: int, act: Callable[[], None], *more: Any) -> None:
-        """Do it, or keep it for the graph that is being captured."""
-        self.calls.append((what, stream, *more))
-        if self.captured is None:
-            act()
-        else:
-            self.captured.append(act)
-
-    def cudaMemcpyAsync(
-        self, to: int, source: int, size: int, kind: Kind, stream: int
-    ) -> tuple[Error]:
-        if kind is Kind.cudaMemcpyHostToDevice:
-            assert source in self.memory, "only pinned memory may be read after the call"
-        self.queue(kind.name[10:], stream, lambda: ctypes.memmove(to, source, size), to, size)
-        return (OK,)
-
-    def cudaStreamBeginCapture(self, stream: int, mode: CaptureMode) -> tuple[Error]:
-        assert mode is CaptureMode.cudaStreamCaptureModeThreadLocal and self.captured is None
-        self.calls.append(("begin", stream))
-        self.captured = []
-        return (OK,)
-
-    def cudaStreamEndCapture(self, stream: int) -> tuple[Error, int | None]:
-        self.calls.append(("end", stream))
-        kept, self.captured = self.captured, None
-        assert kept is not None
-        self.graphs[self._make()] = kept
-        return OK, self.handle
-
-    def cudaGraphInstantiate(self, graph: int, flags: int) -> tuple[Error, int]:
-        self.executables[self._make()] = self.graphs[graph]
-        return OK, self.handle
-
-    def cudaGraphDestroy(self, graph: int) -> tuple[Error]:
-        del self.graphs[graph]
-        return (OK,)
-
-    def cudaGraphLaunch(self, graph: int, stream: int) -> tuple[Error]:
-        self.calls.append(("launch", stream, graph))
-        for act in self.executables[graph]:
-            act()
-        return (OK,)
-
-    def cudaGraphExecDestroy(self, graph: int) -> tuple[Error]:
-        del self.executables[graph]
-        return (OK,)
-
-    def nothing_is_left(self) -> bool:
-        held = (self.memory, self.streams, self.graphs, self.executables, self.events)
-        return not any(held)
-
-
-class FakeContext:
-    """An execution context that runs an ONNX graph."""
-
-    def __init__(self, session: Any, cuda: FakeCuda) -> None:
-        self.session, self.cuda = session, cuda
-        self.types = {
-            v.name: DTYPES[v.type] for v in (*session.get_inputs(), *session.get_outputs())
-        }
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self.addresses: dict[str, int] = {}
-        self.scratch: int | None = None
-
-    def set_device_memory(self, address: int, size: int) -> None:
-        assert size == FakeEngine.device_memory_size_v2 and address in self.cuda.memory
-        self.scratch = address
-
-    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
-        self.shapes[name] = tuple(shape)
-        return True
-
-    def set_tensor_address(self, name: str, address: int) -> bool:
-        self.addresses[name] = address
-        return name in self.types
-
-    def _run(
-        self, names: list[str], shapes: dict[str, tuple[int, ...]], addresses: dict[str, int]
-    ) -> list[Any]:
-        feeds = {}
-        for name, shape in shapes.items():
-            array = np.empty(shape, self.types[name])
-            ctypes.memmove(array.ctypes.data, addresses[name], array.nbytes)
-            feeds[name] = array
-        return list(self.session.run(names, feeds))
-
-    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._run([name], self.shapes, self.addresses)[0].shape)
-
-    def execute_async_v3(self, stream: int) -> bool:
-        names = [v.name for v in self.session.get_outputs()]
-        shapes, addresses = dict(self.shapes), dict(self.addresses)  # as a graph would keep them
-        assert self.scratch in self.cuda.memory
-
-        def act() -> None:
-            for name, array in zip(names, self._run(names, shapes, addresses), strict=True):
-                ctypes.memmove(
-                    addresses[name], np.ascontiguousarray(array).ctypes.data, array.nbytes
-                )
-
-        self.cuda.queue("run", stream, act, shapes, addresses)
-        return True
-
-
-class FakeSettings:
-    """IRuntimeConfig."""
-
-    dynamic_shapes_kernel_specialization_strategy = "lazy"
-
-    def set_execution_context_allocation_strategy(self, strategy: str) -> None:
-        self.allocation = strategy
-
-    def create_runtime_cache(self) -> str:
-        return "cache"
-
-    def set_runtime_cache(self, held: str) -> None:
-        self.held = held
-
-
-class FakeEngine:
-    device_memory_size_v2 = 64
-
-    def __init__(self, content: bytes, cuda: FakeCuda) -> None:
-        self.session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
-        self.cuda = cuda
-
-    def create_runtime_config(self) -> FakeSettings:
-        return FakeSettings()
-
-    def create_execution_context(self, settings: FakeSettings) -> FakeContext:
-        assert settings.allocation == "managed" and settings.held == "cache"
-        assert settings.dynamic_shapes_kernel_specialization_strategy == "eager"
-        return FakeContext(self.session, self.cuda)
-
-
-class FakeRuntime:
-    made = 0
-
-    def __init__(self, cuda: FakeCuda) -> None:
-        FakeRuntime.made += 1
-        self.cuda = cuda
-
-    def deserialize_cuda_engine(self, content: bytes) -> FakeEngine:
-        return FakeEngine(content, self.cuda)
-
-
-class FakeTrt(ModuleType):
-    """tensorrt_rtx whose plans are ONNX files."""
-
-    __version__ = "1.0"
-    ILogger = type("ILogger", (), {})
-    ExecutionContextAllocationStrategy = SimpleNamespace(USER_MANAGED="managed")
-    DynamicShapesKernelSpecializationStrategy = SimpleNamespace(EAGER="eager")
-
-    def __init__(self, name: str, cuda: FakeCuda | None = None) -> None:
-        super().__init__(name)
-        self.Runtime = lambda logger: FakeRuntime(cast(FakeCuda, cuda))
-
-
-@pytest.fixture
-def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., FakeCuda]:
-    """Install a fake TensorRT and a fake CUDA with so many cards."""
-
-    def install(**settings: Any) -> FakeCuda:
-        runtime = FakeCuda(**settings)
-        monkeypatch.setitem(sys.modules, "tensorrt_rtx", FakeTrt("tensorrt_rtx", runtime))
-        monkeypatch.setattr("asd_rt.backends.tensorrt.import_cuda", lambda: runtime)
-        monkeypatch.setattr(cuda, "import_cuda", lambda: runtime)
-        FakeRuntime.made = 0
-        return runtime
-
-    return install
-
-
-def as_plan(manifest: Manifest, **changes: Any) -> Manifest:
-    fields = {"backend": "tensorrt_rtx", "tools": {"tensorrt_rtx": "1.0"}, "gpus": ("sm89",)}
-    return replace(manifest, **(fields | changes))
+from tests.unit.asd_rt.fake_card import (
+    CODEC,
+    PASSES,
+    Error,
+    FakeContext,
+    FakeCuda,
+    FakeRuntime,
+    FakeTrt,
+    as_plan,
+)
 
 
 def refused(error: type[AsdError], told: str, path: Path, manifest: Manifest) -> None:

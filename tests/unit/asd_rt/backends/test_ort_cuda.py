@@ -22,7 +22,7 @@ from asd_rt.decoding import Decoder
 from asd_rt.errors import BackendError, ConfigError, EngineError
 from asd_rt.plan import ListedPlan
 from asd_rt.session import Replay, Session
-from tests.unit.asd_rt.test_tensorrt import FakeCuda
+from tests.unit.asd_rt.fake_card import FakeCuda
 
 
 class HostEngine(OrtCudaEngine):
