@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from asd_rt.errors import AsdError, EngineError
@@ -28,12 +28,14 @@ __all__ = [
     "FORMAT_VERSION",
     "REBUILD",
     "REBUILD_TEXT",
+    "SEAL",
     "Manifest",
     "Part",
     "TensorSpec",
     "accuracy_warning",
     "check_part",
     "from_json",
+    "is_text_plan",
     "late_parts",
     "manifest_path",
     "part_path",
@@ -45,6 +47,7 @@ __all__ = [
 
 REBUILD = "python -m export.build --steps 1 --force"
 REBUILD_TEXT = "python -m export.build --text-encoder FOLDER"
+SEAL = "content_sha256"  # of everything else in a manifest, last in the file
 _CHUNK_BYTES = 1 << 20
 _log = logging.getLogger(__name__)
 
@@ -74,7 +77,13 @@ def late_parts(manifest: Manifest) -> tuple[str, ...]:
     An engine whose prompts come as embeddings runs without their files.
     """
     umt5 = manifest.tokenizer is not None and manifest.tokenizer["kind"] == "umt5"
-    return UMT5_PARTS if umt5 else ()
+    return tuple(name for name in UMT5_PARTS if name in manifest.parts) if umt5 else ()
+
+
+def is_text_plan(manifest: Manifest) -> bool:
+    """Whether a UMT5 text encoder is a plan, which the engine runs on its card."""
+    text = manifest.parts.get("text")
+    return text is not None and bool(late_parts(manifest)) and text.file.endswith(".plan")
 
 
 def accuracy_warning(engine_path: str | Path, manifest: Manifest) -> str | None:
@@ -103,7 +112,7 @@ def read_manifest(engine_path: str | Path) -> Manifest:
 
     Raises:
         EngineError: engine or manifest is absent, the manifest is not JSON, is of another
-            format_version, or has unknown, missing or impossible fields.
+            format_version, has unknown, missing or impossible fields, or was edited by hand.
     """
     engine, path = Path(engine_path), manifest_path(engine_path)
     if engine.suffix == ".json" and not path.exists():
@@ -128,10 +137,27 @@ def read_manifest(engine_path: str | Path) -> Manifest:
         raise EngineError(
             f"{path}: not valid JSON ({error}); build it again with: {REBUILD}"
         ) from error
+    told = document.pop(SEAL, None) if isinstance(document, dict) else None
     try:
-        return from_json(document)
+        manifest = from_json(document)
     except AsdError as error:
         raise EngineError(f"{path}: {error}; build it again with: {REBUILD}") from error
+    found = _seal(document)
+    if told != found:
+        raise EngineError(
+            f"{path}: was edited after it was written: its {SEAL} says {str(told)[:16]}..., its content has "
+            f"{found[:16]}...; copy it again, or build it again with the flags that you want: {REBUILD}"
+        )
+    return manifest
+
+
+def _seal(document: Mapping[str, object]) -> str:
+    """SHA-256 of a manifest's content, however it is spelled: an edit is told from the build's own word.
+
+    It guards against mistakes, not against somebody who computes it anew.
+    """
+    text = json.dumps(document, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def write_manifest(engine_path: str | Path, manifest: Manifest) -> Path:
@@ -141,7 +167,8 @@ def write_manifest(engine_path: str | Path, manifest: Manifest) -> Path:
         EngineError: the folder cannot be written.
     """
     path = manifest_path(engine_path)
-    text = json.dumps(manifest.to_json(), indent=2, allow_nan=False) + "\n"
+    document = manifest.to_json()
+    text = json.dumps(document | {SEAL: _seal(document)}, indent=2, allow_nan=False) + "\n"
     temporary = ""
     try:
         with tempfile.NamedTemporaryFile(

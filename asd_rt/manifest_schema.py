@@ -11,16 +11,17 @@ from typing import Any, TypeVar
 from asd_rt.config import CacheConfig, ModelConfig, from_mapping
 from asd_rt.errors import ConfigError, EngineError
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
 BACKENDS = ("onnx", "tensorrt", "tensorrt_rtx")
 RUNTIMES = ("onnxruntime", "openvino", "tensorrt")  # what runs the passes
 CODEC_GRAPHS = ("decoder_first", "decoder", "encoder_first", "encoder")
 CODEC_PARTS = (*CODEC_GRAPHS, "codec_weights")
 PART_NAMES = (
-    *("denoiser", "weights", "joined", "time", "prompt", "text", "text_weights", "tokenizer"),
+    *("denoiser", "weights", "joined", "time", "prompt", "step"),
+    *("text", "text_weights", "tokenizer"),
     *CODEC_PARTS,
-    "build_log",  # of a plan's builder, for people
+    *("build_log", "text_log", "codec_log"),  # of a plan's builder, for people
 )
 CODEC_KINDS = ("linear", "wan", "taehv")
 REQUIRED_PARTS = ("denoiser", "time", "prompt")
@@ -281,13 +282,20 @@ def _problems(m: Manifest) -> list[str]:
     for name in m.parts:
         if name not in PART_NAMES:
             found.append(f"parts: unknown part {name}; known: {', '.join(PART_NAMES)}")
-    required = REQUIRED_PARTS + (UMT5_PARTS if _is_umt5(m.tokenizer) else ())
+    required = REQUIRED_PARTS + (_umt5_parts(m) if _is_umt5(m.tokenizer) else ())
     missing = [name for name in required if name not in m.parts]
     if missing:
         found.append(f"parts: missing {', '.join(missing)}")
     if not found:
         found += _codec_problems(m)
     return found
+
+
+def _umt5_parts(m: Manifest) -> tuple[str, ...]:
+    """Parts of a UMT5 text encoder; a plan has its weights inside."""
+    text = m.parts.get("text")
+    inside = text is not None and text.file.endswith(".plan")
+    return tuple(name for name in UMT5_PARTS if not (inside and name == "text_weights"))
 
 
 def _codec_problems(m: Manifest) -> list[str]:

@@ -59,9 +59,11 @@ class TestEngine:
             ({"surprise": 1}, "surprise"),
             ({"model": {"dim": 3}}, "model"),
             ({"precision": "fp13"}, "precision"),
+            ({"timestep_shift": 4.5}, "edited"),
+            ({"fps": 30}, "edited"),
         ],
     )
-    def test_manifest_of_another_format(
+    def test_manifest_edited_by_hand(
         self,
         asd_rt: Run,
         refused: Run,

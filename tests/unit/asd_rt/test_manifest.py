@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from asd_rt.errors import EngineError
 from asd_rt.manifest import (
     FORMAT_VERSION,
+    SEAL,
     Part,
     TensorSpec,
     from_json,
@@ -42,7 +45,7 @@ def test_comes_back_as_it_was_written(own_toy) -> None:
     assert manifest.parts["denoiser"].inputs["past_k.0"] == TensorSpec("float32", (1, "P", 12))
     verify(own_toy.path, manifest)
     assert part_path(own_toy.path, manifest, "time").name == "toy_fp32.time.onnx"
-    assert sorted(p.suffix for p in own_toy.path.parent.iterdir()) == [".json"] + [".onnx"] * 5
+    assert sorted(p.suffix for p in own_toy.path.parent.iterdir()) == [".json"] + [".onnx"] * 6
 
 
 def test_writing_fails_whole(own_toy, monkeypatch) -> None:
@@ -55,7 +58,7 @@ def test_writing_fails_whole(own_toy, monkeypatch) -> None:
     with pytest.raises(EngineError, match="No space left"):
         write_manifest(own_toy.path, own_toy.manifest)
     assert manifest_path(own_toy.path).read_bytes() == before
-    assert len(list(own_toy.path.parent.iterdir())) == 6
+    assert len(list(own_toy.path.parent.iterdir())) == 7
 
 
 def test_engine_missing(tmp_path) -> None:
@@ -120,6 +123,74 @@ def test_wrong_fields(own_toy, fields, message) -> None:
         read_manifest(own_toy.path)
     assert str(manifest_path(own_toy.path)) in one_line(error)
     assert MEND in str(error.value)
+
+
+def changed(document: Any, where: str, value: Any) -> None:
+    *folders, name = where.split("/")
+    for folder in folders:
+        document = document[folder]
+    assert document[name] != value
+    document[name] = value
+
+
+@pytest.mark.parametrize(
+    ("where", "value"),
+    [
+        ("gpus", ["sm89", "sm120"]),
+        ("name", "other"),
+        ("precision", "fp16"),
+        ("runtime", "openvino"),
+        ("model/eps", 1e-5),
+        ("cache/window_frames", 3),
+        ("cache/sink_frames", 1),
+        ("latent_hw", [2, 4]),
+        ("timestep_shift", 5.5),
+        ("step_lists/1/sigmas", [0.999]),
+        ("default_plan/steps", 2),
+        ("fps", 24),
+        ("tokenizer/words/red", 2),
+        ("codec/spatial", 8),
+        ("parts/time/inputs", {}),
+        ("parts/decoder/outputs/frames/dtype", "float16"),
+        ("checkpoint/name", "another"),
+        ("tools/onnx", "0.0"),
+        ("parity/pass/denoiser", 0.0),
+        ("sources/text", {"name": "umt5", "parts": []}),
+    ],
+)
+def test_a_plausible_edit(own_toy, respell, where, value) -> None:
+    """Every field keeps its form, so that only the seal can tell."""
+    sigmas = {"1": {"timesteps": [1000.0], "sigmas": [1.0]}}
+    cache = replace(own_toy.manifest.cache, window_frames=9, max_frames=0)
+    parity, sources = {"pass": {"denoiser": 0.5}}, {"text": {"parts": []}}
+    respell(own_toy, step_lists=sigmas, cache=cache, parity=parity, sources=sources)
+    path = manifest_path(own_toy.path)
+    document = json.loads(path.read_text())
+    changed(document, where, value)
+    path.write_text(json.dumps(document))
+    with pytest.raises(EngineError, match="was edited after it was written") as error:
+        read_manifest(own_toy.path)
+    assert str(path) in one_line(error) and MEND in str(error.value)
+
+
+def test_another_spelling_is_no_edit(own_toy) -> None:
+    path = manifest_path(own_toy.path)
+    document = json.loads(path.read_text())
+    path.write_text(json.dumps(dict(reversed(document.items()))))
+    assert read_manifest(own_toy.path) == own_toy.manifest
+
+
+@pytest.mark.parametrize("told", ["0" * 64, None, 3])
+def test_the_seal_itself(own_toy, told) -> None:
+    edit(own_toy, **{SEAL: told})
+    with pytest.raises(EngineError, match="was edited after it was written"):
+        read_manifest(own_toy.path)
+
+
+def test_a_manifest_without_a_seal(own_toy) -> None:
+    edit(own_toy, **{SEAL: "absent"})
+    with pytest.raises(EngineError, match=f"its {SEAL} says None"):
+        read_manifest(own_toy.path)
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ def test_engine_verifies_and_says_what_the_checkpoint_said(built: Path) -> None:
     manifest = read_manifest(path)
     verify(path, manifest)
     added = {"text_weights", "tokenizer", "decoder_first", "encoder_first", "codec_weights"}
-    added |= {"build_log"}  # of plans
+    added |= {"build_log", "text_log", "codec_log"}  # of plans
     assert set(manifest.parts) == set(PART_NAMES) - added
     assert manifest.codec == {"kind": "linear", "spatial": 4, "temporal": 1}
     assert manifest.cache == CacheConfig(block_frames=2, window_frames=6, sink_frames=1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shutil
@@ -15,7 +14,7 @@ import pytest
 
 import asd_rt
 from asd_rt.errors import EngineError, PromptError
-from asd_rt.manifest import read_manifest, verify
+from asd_rt.manifest import from_json, read_manifest, verify, write_manifest
 from asd_rt.text_encoder import TextEncoder
 from export import text as text_module
 from export.build import main
@@ -152,16 +151,16 @@ def test_engines_of_a_folder_share_the_files(copy: Path, student: Path, umt5: Pa
         for name, part in manifest.to_json()["parts"].items()
         if name not in ("text", "text_weights", "tokenizer")
     }
-    plain = manifest.to_json() | {"parts": renamed, "tokenizer": None, "sources": {}}
+    plain = from_json(manifest.to_json() | {"parts": renamed, "tokenizer": None, "sources": {}})
     shutil.copy(copy / ENGINE, other)
-    Path(f"{other}.json").write_text(json.dumps(plain))
+    write_manifest(other, plain)
     from export.umt5_source import open_umt5
 
     before = set(files(copy))
     text_module.add_text_encoder(open_umt5(umt5), None, [copy / ENGINE, other], force=False)
     assert set(files(copy)) == before
     assert read_manifest(other).parts["text"] == manifest.parts["text"]
-    Path(f"{other}.json").write_text(json.dumps(plain))  # once more, asked for alone
+    write_manifest(other, plain)  # once more, asked for alone
     text_module.add_text_encoder(open_umt5(umt5), None, [other], force=False)
     assert set(files(copy)) == before
     verify(other, read_manifest(other))
@@ -303,11 +302,10 @@ class TestRuntime:
         assert encoder.encode("the grass").shape[2] == 3
 
     def test_engine_without_text_names_both_ways_out(self, copy: Path) -> None:
-        path = Path(f"{copy / ENGINE}.json")
-        document = json.loads(path.read_text())
+        document = read_manifest(copy / ENGINE).to_json()
         for name in ("text", "text_weights", "tokenizer"):
             del document["parts"][name]
-        path.write_text(json.dumps(document | {"tokenizer": None, "sources": {}}))
+        write_manifest(copy / ENGINE, from_json(document | {"tokenizer": None, "sources": {}}))
         with (
             asd_rt.open(copy / ENGINE, threads=1) as session,
             pytest.raises(PromptError, match=r"--text-encoder FOLDER, or .* --prompt-embeds FILE"),
