@@ -2,7 +2,7 @@
 
 It is apart from the backend: it runs once per prompt, serves engines of every backend, and is far larger than
 what streams. Its weights are mapped from their file, not read into memory, and are widened to float32 one
-matrix at a time.
+matrix at a time. Only where it is a plan itself, the engine runs it.
 """
 
 from __future__ import annotations
@@ -16,14 +16,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from asd_rt.backends.base import Engine
 from asd_rt.backends.ort import CPU_PROVIDER, import_onnxruntime
 from asd_rt.backends.ort_denoiser import run_errors
-from asd_rt.errors import EngineError
+from asd_rt.errors import BackendError, EngineError
 from asd_rt.machine import usable_cores
 from asd_rt.manifest import (
     REBUILD_TEXT,
     Manifest,
     check_part,
+    is_text_plan,
     late_parts,
     manifest_path,
     part_path,
@@ -41,7 +43,12 @@ class TextEncoder:
     """Loaded when the first prompt comes that is not remembered; can be loaded again after `release`."""
 
     def __init__(
-        self, path: Path, manifest: Manifest, threads: int | None = None, keep: bool | None = None
+        self,
+        path: Path,
+        manifest: Manifest,
+        threads: int | None = None,
+        keep: bool | None = None,
+        engine: Engine | None = None,
     ) -> None:
         """The text encoder of the engine at `path`.
 
@@ -50,6 +57,7 @@ class TextEncoder:
             manifest: of the engine.
             threads: None = usable cores.
             keep: stay loaded between prompts; None = when the weights are at most 1 GB.
+            engine: opened at `path`, which runs a plan; without it only `tokens` serves then.
 
         Raises:
             EngineError: the engine has no UMT5 text encoder, or a file of it is absent.
@@ -66,7 +74,9 @@ class TextEncoder:
                 )
         self._path, self._manifest = path, manifest
         self._threads = threads or usable_cores()
-        size = manifest.parts["text_weights"].bytes
+        self._plan = is_text_plan(manifest)
+        self._engine, self._is_checked = engine, False
+        size = manifest.parts["text" if self._plan else "text_weights"].bytes
         self._keep = size <= RELEASE_BYTES if keep is None else keep
         self._max_tokens: int = (manifest.tokenizer or {})["max_tokens"]
         self._tokenizer: PromptTokenizer | None = None
@@ -89,15 +99,27 @@ class TextEncoder:
         if known is not None and known.shape[2] == self._manifest.model.text_dim:
             return known
         tokens = self.tokens(prompt)
+        context = self._run_plan(tokens) if self._plan else self._run_graph(tokens)
+        result = np.asarray(context, np.float32)
+        self._cache.put(cleaned, result)
+        return result
+
+    def _run_graph(self, tokens: NDArray[np.int64]) -> NDArray[Any]:
         with run_errors(f"{self._path}: text"):
             (context,) = self._load().run(
                 ["context"], {"tokens": tokens, "mask": np.ones_like(tokens)}
             )
         if not self._keep:
             self.release()
-        result = np.asarray(context, np.float32)
-        self._cache.put(cleaned, result)
-        return result
+        return np.asarray(context)
+
+    def _run_plan(self, tokens: NDArray[np.int64]) -> FloatArray:
+        if self._engine is None:
+            raise BackendError(f"{self._path}: its text encoder is a plan; open the engine for it")
+        if not self._is_checked:
+            check_part(self._path, self._manifest, "text")
+            self._is_checked = True
+        return self._engine.encode_prompt(tokens)
 
     def tokens(self, prompt: str) -> NDArray[np.int64]:
         """Token ids of `prompt`, int64 [1, n], the end token last.

@@ -145,11 +145,14 @@ def carry_over(engine: Path, manifest: Manifest) -> Manifest:
 
 def _fits(key: str, old: Manifest, new: Manifest) -> bool:
     """Whether the parts of `old` under `key` serve `new`; those of a plan are for its cards and sizes."""
-    if key == "text":
+    if key == "text" and "text_log" not in old.sources[key]["parts"]:
         return old.model.text_dim == new.model.text_dim
     settings = ("backend", "gpus") if new.backend == "onnx" else ("backend", "gpus", "latent_hw")
     same = all(getattr(old, name) == getattr(new, name) for name in settings)
-    return same and old.model.out_dim == new.model.out_dim
+    if new.backend != "onnx":  # a plan serves one version of its builder
+        same = same and old.tools.get(old.backend) == new.tools.get(new.backend)
+    sizes = ("text_dim", "text_len") if key == "text" else ("out_dim",)
+    return same and all(getattr(old.model, n) == getattr(new.model, n) for n in sizes)
 
 
 def remove_unnamed(folder: Path, files: Iterable[str]) -> None:
@@ -165,7 +168,9 @@ def content_name(stem: str, content_sha256: str, suffix: str) -> str:
     return f"{stem}_{content_sha256[:8]}{suffix}"
 
 
-def write_part(folder: Path, stem: str, suffix: str, content: bytes, **tensors: Any) -> Part:
+def write_part(
+    folder: Path, stem: str, suffix: str, content: bytes | memoryview, **tensors: Any
+) -> Part:
     """Write the file of an added part; returns its entry."""
     digest = hashlib.sha256(content).hexdigest()
     file = content_name(stem, digest, suffix)

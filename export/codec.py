@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
@@ -24,7 +24,7 @@ from export.bundle import content_name, is_added, replace_parts, scratch_folder,
 from export.lowering import LOWERINGS
 from export.onnx import export_part, serialize, tensor_specs
 from export.parts import PartModule, TensorShape
-from export.tensorrt import build_plan, import_tensorrt
+from export.plans import compile_added
 from export.weights import WeightsFile, name_weights
 from train.vae_weights import VideoCodec
 
@@ -144,7 +144,7 @@ def add_codec(choice: CodecChoice, engines: Sequence[Path], force: bool) -> None
     modules = codec_parts(choice)
     for engine in engines:
         manifest = read_manifest(engine)
-        weights = ["codec_weights"] if manifest.backend == "onnx" else []
+        weights = ["codec_weights" if manifest.backend == "onnx" else "codec_log"]
         told = {
             "name": codec.name,
             "sha256": codec.sha256,
@@ -198,36 +198,20 @@ def _border(module: PartModule) -> dict[str, dict[str, TensorSpec]]:
     return {"inputs": tensor_specs(module.inputs), "outputs": tensor_specs(module.outputs)}
 
 
-def _compile(
-    folder: Path,
-    manifest: Manifest,
-    modules: Mapping[str, PartModule],
-) -> dict[str, Part]:
+def _compile(folder: Path, manifest: Manifest, modules: Iterable[str]) -> dict[str, Part]:
     """Plans in place of the ONNX files, for the engine's one latent size."""
-    trt, hw = import_tensorrt(), manifest.latent_hw
+    hw = manifest.latent_hw
     if hw is None:
         raise EngineError(f"{manifest.name}: a plan needs a fixed latent size; use --latent-size")
-    block, factors = (
-        manifest.cache.block_frames,
-        (1, *((manifest.codec or {})[k] for k in ("spatial", "temporal"))),
-    )
+    block = manifest.cache.block_frames
+    factors = {1, 2, 4, *((manifest.codec or {})[key] for key in ("spatial", "temporal"))}
     ranges = {
         f"{factor if factor > 1 else ''}{symbol}": tuple(factor * n for n in sizes)
         for symbol, sizes in (("F", (1, block, block)), ("h", (hw[0],) * 3), ("w", (hw[1],) * 3))
-        for factor in {*factors, 2, 4}
+        for factor in factors
     }
-    parts = {}
-    for name, module in modules.items():
-        began = perf_counter()
-        graph = folder / manifest.parts[name].file
-        plan = build_plan(
-            trt, name, graph, manifest.parts[name].inputs, ranges, manifest.gpus
-        ).content
-        graph.unlink()
-        stem = f"{manifest.name}_{name}"
-        parts[name] = write_part(folder, stem, ".plan", bytes(plan), **_border(module))
-        log.info("  %-13s compiled %8.3f MB %6.1f s", name, len(plan) / 1e6, perf_counter() - began)
-    return parts
+    graphs = {name: manifest.parts[name] for name in modules}
+    return compile_added(folder, manifest, "codec", graphs, ranges)
 
 
 class _Parts:

@@ -6,11 +6,13 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from asd_rt.config import ModelConfig
 from asd_rt.errors import ConfigError, EngineError
-from asd_rt.manifest import Part, sha256_file
+from asd_rt.manifest import Manifest, Part, sha256_file
+from export.bundle import write_part
 from export.settings import Settings
 from export.tensorrt import Plan, Range, build_plan, import_tensorrt, profile_ranges
 
@@ -75,18 +77,73 @@ def compile_plans(
     ranges = profile_ranges(settings.cache.block_frames, settings.capacity_frames, hw)
     parts, told = {}, {}
     for name, part in graphs.items():
-        graph = scratch / part.file
-        plan = build_plan(trt, name, graph, part.inputs, ranges, gpus)
-        graph.unlink()
-        file = graph.with_suffix(".plan")
+        file = scratch / part.file
+        plan = _compile(trt, name, file, part, ranges, gpus)
+        file = file.with_suffix(".plan")
         file.write_bytes(plan.content)
         parts[name] = Part(
             file.name, sha256_file(file), file.stat().st_size, part.inputs, part.outputs
         )
         told[name] = _told(plan, parts[name], ranges)
-        proved = ", ".join(f"{n} {k.replace('_', ' ')}" for k, n in plan.proved.items() if n)
-        log.info("  %-9s compiled  %8.3f MB %6.1f s  %s%s", name, parts[name].bytes / 1e6, plan.seconds,
-                 ", ".join(gpus) or "this card", f"; {proved}" if proved else "")  # fmt: skip
+    file = scratch / f"{engine}.log.json"
+    file.write_bytes(_log_bytes(trt, engine, gpus, told))
+    parts[BUILD_LOG] = Part(file.name, sha256_file(file), file.stat().st_size)
+    return parts
+
+
+def compile_added(
+    folder: Path,
+    manifest: Manifest,
+    key: str,
+    graphs: Mapping[str, Part],
+    ranges: Mapping[str, Range],
+) -> dict[str, Part]:
+    """Plans of parts that are added to the engine of a plan, in the place of their graphs in `folder`.
+
+    Args:
+        folder: with the graphs and their weights.
+        manifest: of the engine; its cards are theirs.
+        key: of their source in the manifest ("codec"); their log is the part "codec_log".
+        graphs: parts as ONNX, by name.
+        ranges: of every symbol in their shapes.
+
+    Returns:
+        the plans by the same names, and the log.
+
+    Raises:
+        EngineError: see `export.tensorrt.build_plan`.
+    """
+    trt, parts, told = import_tensorrt(), {}, {}
+    for name, part in graphs.items():
+        file = folder / part.file
+        plan = _compile(trt, name, file, part, ranges, manifest.gpus)
+        stem, border = f"{manifest.name}_{name}", {"inputs": part.inputs, "outputs": part.outputs}
+        parts[name] = write_part(folder, stem, ".plan", plan.content, **border)
+        told[name] = _told(plan, parts[name], ranges)
+    content = _log_bytes(trt, f"{manifest.name}.plan", manifest.gpus, told)
+    parts[f"{key}_log"] = write_part(folder, f"{manifest.name}_{key}", ".log.json", content)
+    return parts
+
+
+def _compile(
+    trt: ModuleType,
+    name: str,
+    file: Path,
+    part: Part,
+    ranges: Mapping[str, Range],
+    gpus: Sequence[str],
+) -> Plan:
+    """The plan of one graph, which then is deleted."""
+    plan = build_plan(trt, name, file, part.inputs, ranges, gpus)
+    file.unlink()
+    proved = ", ".join(f"{n} {k.replace('_', ' ')}" for k, n in plan.proved.items() if n)
+    log.info("  %-13s compiled  %8.3f MB %6.1f s  %s%s", name, len(plan.content) / 1e6, plan.seconds,
+             ", ".join(gpus) or "this card", f"; {proved}" if proved else "")  # fmt: skip
+    return plan
+
+
+def _log_bytes(trt: ModuleType, engine: str, gpus: Sequence[str], told: Mapping[str, Any]) -> bytes:
+    """The log of a builder, as a file."""
     document = {
         "format_version": 1,
         "engine": engine,
@@ -96,10 +153,7 @@ def compile_plans(
         "settings": {"strongly_typed": True, "profiling_verbosity": "detailed"},
         "parts": told,
     }
-    file = scratch / f"{engine}.log.json"
-    file.write_text(json.dumps(document, indent=1) + "\n")
-    parts[BUILD_LOG] = Part(file.name, sha256_file(file), file.stat().st_size)
-    return parts
+    return (json.dumps(document, indent=1) + "\n").encode()
 
 
 def _told(plan: Plan, part: Part, ranges: Mapping[str, Range]) -> dict[str, Any]:

@@ -1,13 +1,15 @@
 """The text encoder of a bundle: a graph, its weights and its tokenizer, made from a source tensor by tensor.
 
 Its weights are stored as float32, float16 or int8 in a file of their own, and computed with in float32, so
-that no activation is rounded.
+that no activation is rounded. That of a plan is compiled from the same graph, after the gate, and holds its
+weights; it may be asked to stay a graph, which runs on the CPU beside the card.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from math import prod
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -19,7 +21,7 @@ from torch import Tensor
 from asd_rt.config import ModelConfig
 from asd_rt.engines import list_engines
 from asd_rt.errors import ConfigError, EngineError
-from asd_rt.machine import usable_cores
+from asd_rt.machine import available_memory_bytes, usable_cores
 from asd_rt.manifest import Part, TensorSpec, read_manifest
 from asd_rt.progress import Progress
 from asd_rt.text_encoder import open_text_session
@@ -28,18 +30,21 @@ from export.lowering import LOWERINGS
 from export.metrics import relative_l2
 from export.onnx import export_part, serialize
 from export.parts import PartModule, TensorShape
+from export.plans import compile_added
 from export.umt5 import Umt5Part, buckets_by_offset, encode
 from export.umt5_source import Umt5Source
 from export.umt5_storage import (
     StoredWeights,
-    WeightsFile,
+    TensorFile,
     read_from,
     store,
     stored_tensors,
 )
 
 BUDGET = 1e-3  # relative L2 of the graph against torch with the same stored weights
-MAX_TOKENS = 512  # of Wan
+MAX_TOKENS, USUAL_TOKENS = 512, 64  # of Wan's prompts
+BUILDER_BYTES = 16  # a weight: TensorRT holds it in float32, several times
+ON_CPU = "keep the text encoder a graph, which runs on the CPU: --text-target onnx"
 log = logging.getLogger(__name__)
 
 
@@ -53,9 +58,13 @@ def check_text(source: Umt5Source, model: ModelConfig) -> None:
 
 
 def add_text_encoder(
-    source: Umt5Source, precision: str | None, engines: list[Path], force: bool
+    source: Umt5Source,
+    precision: str | None,
+    engines: list[Path],
+    force: bool,
+    target: str | None = None,
 ) -> None:
-    """Make the text encoder a part of each of `engines`, all in one folder; its files are written once.
+    """Make the text encoder a part of each of `engines`, all in one folder; they share files of a graph.
 
     An engine that has it already is left alone.
 
@@ -64,12 +73,17 @@ def add_text_encoder(
         precision: of the weights' storage, one of PRECISIONS; None = that of the source, without loss.
         engines: engine files.
         force: write it again even where it is there.
+        target: "onnx" keeps that of a plan as a graph; None = compile it.
 
     Raises:
-        EngineError: it cannot be written, or is too far from the reference.
+        EngineError: it cannot be written or compiled, or is too far from the reference.
         CheckpointError: weights that are not finite, or too large for float16.
     """
     precision = precision or ("fp16" if source.is_half else "fp32")
+    plans = [] if target == "onnx" else [e for e in engines if read_manifest(e).backend != "onnx"]
+    for engine in plans:
+        _add_plan(source, precision, engine, force)
+    engines = [engine for engine in engines if engine not in plans]
     told: dict[str, Any] = {
         "name": source.name,
         "sha256": source.sha256,
@@ -100,6 +114,50 @@ def add_text_encoder(
                      sum(part.bytes for part in parts.values()) / 1e6)  # fmt: skip
 
 
+def _add_plan(source: Umt5Source, precision: str, engine: Path, force: bool) -> None:
+    """Make the text encoder a plan beside the other plans of `engine`."""
+    manifest = read_manifest(engine)
+    told: dict[str, Any] = {
+        "name": source.name,
+        "sha256": source.sha256,
+        "precision": precision,
+        "parts": ["text", "text_log", "tokenizer"],
+    }
+    if not force and is_added(engine, "text", told):
+        log.info("%s: its text encoder is up to date", engine)
+        return
+    _check_memory(source)
+    longest = min(MAX_TOKENS, manifest.model.text_len)
+    ranges = {"B": (1, 1, 1), "L": (1, min(USUAL_TOKENS, longest), longest)}
+    with scratch_folder(engine.parent) as scratch:
+        parts, parity = _write(source, precision, scratch)
+        weights = parts.pop("text_weights")
+        try:
+            parts |= compile_added(scratch, manifest, "text", {"text": parts["text"]}, ranges)
+        except EngineError as error:
+            raise EngineError(f"{error}; {ON_CPU}") from error
+        (scratch / weights.file).unlink()
+        tokenizer = {"kind": "umt5", "max_tokens": longest}
+        replace_parts(engine, "text", told, parts, parity, scratch, tokenizer=tokenizer)
+    log.info("%s: wrote its text encoder, %.1f MB", engine,
+             sum(part.bytes for part in parts.values()) / 1e6)  # fmt: skip
+
+
+def _check_memory(source: Umt5Source) -> None:
+    """Refuse to compile what this machine has not the memory for.
+
+    Raises:
+        ConfigError: with both figures.
+    """
+    weights = sum(prod(shape) for shape in source.config.shapes().values())
+    needed, free = BUILDER_BYTES * weights, available_memory_bytes()
+    if free is not None and needed > free:
+        raise ConfigError(
+            f"--text-encoder {source.name}: to compile its {weights / 1e9:.1f} billion weights takes about "
+            f"{needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free; {ON_CPU}"
+        )
+
+
 def _write(
     source: Umt5Source, precision: str, folder: Path
 ) -> tuple[dict[str, Part], dict[str, Any]]:
@@ -117,7 +175,7 @@ def _write(
     log.info("  text      exported  %6.1f s", perf_counter() - began)
 
     with (
-        WeightsFile(folder / "unnamed.weights") as weights,
+        TensorFile(folder / "unnamed.weights") as weights,
         Progress("text weights", len(source)) as progress,
     ):
         for name in source:

@@ -13,7 +13,7 @@ from asd_rt.commands.common import Outcome, Problems, add_engine, add_json, find
 from asd_rt.embeddings import FloatArray, write_embeddings
 from asd_rt.errors import ConfigError
 from asd_rt.files import check_writable
-from asd_rt.manifest import Manifest, late_parts
+from asd_rt.manifest import Manifest, is_text_plan, late_parts
 from asd_rt.progress import Progress
 from asd_rt.session import open_session
 from asd_rt.text_encoder import TextEncoder
@@ -93,7 +93,7 @@ def _opened(
     stack: ExitStack, path: Path, manifest: Manifest, threads: int | None, device: str
 ) -> Callable[[str], FloatArray]:
     """What encodes a prompt: of a UMT5 text encoder nothing else is opened, and it stays until the end."""
-    if late_parts(manifest):
+    if late_parts(manifest) and not is_text_plan(manifest):
         return stack.enter_context(TextEncoder(path, manifest, threads, keep=True)).encode
     return stack.enter_context(open_session(path, threads, device=device)).context
 

@@ -47,7 +47,7 @@ def build(student: Path, folder: Path, precision: str) -> tuple[Manifest, dict[s
     assert manifest.parts["denoiser"].inputs["latents"].dtype == "float32"
     log = manifest.parts["build_log"].file
     plans = [part.file for name, part in manifest.parts.items() if name != "build_log"]
-    assert all(file.endswith(".plan") for file in plans) and len(plans) == 6
+    assert all(file.endswith(".plan") for file in plans) and len(plans) == 7
     reports = [file.name for file in report_files(path)]
     files = [*plans, log, f"{path.name}.json", *reports]
     assert sorted(files) == sorted(p.name for p in folder.iterdir())
@@ -63,7 +63,8 @@ def test_plan_with_manifest(student: Path, tmp_path: Path) -> None:
     assert part["ranges"]["P"] == [0, 8, 8] and part["bytes"] == manifest.parts["denoiser"].bytes
     assert part["fused_attentions"] == 2 and part["eight_bit_products"] == 0
     assert any(n.startswith("blocks.0.up/") for y in part["layers"] for n in y["origin"])
-    assert set(log["parts"]) == {"denoiser", "time", "prompt", "text", "decoder", "encoder"}
+    others = {"time", "prompt", "step", "text", "decoder", "encoder"}
+    assert set(log["parts"]) == {"denoiser", *others}
 
 
 def test_int8_plan(student: Path, tmp_path: Path) -> None:
