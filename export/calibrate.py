@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from asd_rt.manifest import Manifest
+from asd_rt.planner import is_large
 from export.quantize import (
     INT8,
     NO_WISH,
@@ -24,8 +26,17 @@ from export.quantize import (
     quantize_weight,
 )
 from export.reference import TorchDenoiser
-from export.rollouts import play_rollouts
-from export.simulate import Compared, Layer, Level, Ranked, Simulated, layers_of, watched
+from export.rollouts import LARGEST, SMALL, count_passes, play_rollouts
+from export.simulate import (
+    Compared,
+    Layer,
+    Level,
+    OverBudgetError,
+    Ranked,
+    Simulated,
+    layers_of,
+    watched,
+)
 from train.checkpoint import Checkpoint
 from train.model import WanModel
 
@@ -62,17 +73,21 @@ def choose_scheme(
         form: of 8 bits; "int8" stands for it.
     """
 
-    def play(denoiser: TorchDenoiser, what: str) -> None:
-        play_rollouts(checkpoint, manifest, denoiser, f"{form.name}: {what}", seed)
+    def play(denoiser: TorchDenoiser, what: str, size: tuple[int, int] = LARGEST) -> None:
+        play_rollouts(checkpoint, manifest, denoiser, f"{form.name}: {what}", seed, size)
 
     layers = [layer for layer in layers_of(model, form) if layer.name not in wish.keep]
     if wish.activations == "int8":
         _find_ranges(layers, lambda what: play(TorchDenoiser(model), what))
 
+    widened = not is_large(checkpoint.config)
+
     def error_of(levels: dict[Layer, Level], what: str) -> float:
-        with Simulated(layers) as simulated:
-            compared = Compared(model, simulated, levels)
-            play(compared, what)
+        """The worst pass, or the first that exceeds the budget."""
+        with Simulated(layers, widened) as simulated:
+            compared = Compared(model, simulated, levels, limit=budget)
+            with suppress(OverBudgetError):
+                play(compared, what)
         return compared.worst
 
     levels: dict[Layer, Level] = dict.fromkeys(
@@ -80,8 +95,9 @@ def choose_scheme(
     )
     error = error_of(levels, "all layers")
     if error > budget:
-        with Simulated(layers) as simulated:
-            play(Ranked(model, simulated), "layer by layer")
+        with Simulated(layers, widened) as simulated:
+            ranked = Ranked(model, simulated, count_passes(manifest))
+            play(ranked, "layer by layer", LARGEST if widened else SMALL)
         steps = _steps(layers, wish)
         too_few, enough = 0, len(steps)
         # Errors of layers add up, roughly, so that a search by halves finds about the fewest.

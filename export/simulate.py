@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from math import inf, isnan
 from typing import Literal, cast
 
 import numpy as np
@@ -20,7 +21,7 @@ from train.model import WanModel
 
 Note = Callable[[float], None]
 Level = Literal["int8", "weights"]  # int8 inputs and weights, or weights alone
-RANKED_EVERY = 5  # passes: to try every layer takes long
+RANKED_RUNS = 600  # of single layers: to try all of them on every pass takes long
 
 
 @dataclass(eq=False)
@@ -82,11 +83,16 @@ def watched(layers: Sequence[Layer], see: Callable[[Layer, Tensor], None]) -> It
             handle.remove()
 
 
+class OverBudgetError(Exception):
+    """A pass is worse than allowed: it is of no interest how much, nor what other passes are."""
+
+
 class Simulated:
     """Linear layers that compute as `levels` says, while it is not empty."""
 
-    def __init__(self, layers: Sequence[Layer]) -> None:
-        self.layers = layers
+    def __init__(self, layers: Sequence[Layer], widened: bool = False) -> None:
+        """`widened`: hold quantised weights in float32, which is quicker than to widen them in every pass."""
+        self.layers, self._widened = layers, widened
         self.levels: Levels = {}
         self._handles = [
             linear.register_forward_hook(self._hook(layer, linear))
@@ -104,8 +110,17 @@ class Simulated:
     def _hook(
         self, layer: Layer, linear: nn.Linear
     ) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor | None]:
-        # Kept as int8: a large network is not to be in memory twice more.
-        kept: dict[Level, tuple[Tensor, Tensor]] = {}
+        # A large network is not to be in memory twice more.
+        kept: dict[Level, Callable[[], Tensor]] = {}
+
+        def quantized(level: Level, divisor: Tensor | None) -> Callable[[], Tensor]:
+            weight = linear.weight.t()
+            whole = weight if divisor is None else weight * divisor[:, None]
+            values, scale = quantize_weight(whole, layer.form)
+            if not self._widened:
+                return lambda: (values.float() * scale).t()
+            wide = (values.float() * scale).t().contiguous()
+            return lambda: wide
 
         def compute(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
             level = self.levels.get(layer)
@@ -113,14 +128,10 @@ class Simulated:
                 return None
             x, divisor = inputs[0], layer.divisor if level == "int8" else None
             if level not in kept:
-                weight = linear.weight.t()
-                kept[level] = quantize_weight(
-                    weight if divisor is None else weight * divisor[:, None], layer.form
-                )
+                kept[level] = quantized(level, divisor)
             if level == "int8":
                 x = fake_quantize(x if divisor is None else x / divisor, layer.scale, layer.form)
-            values, scale = kept[level]
-            return F.linear(x, (values.float() * scale).t(), linear.bias)
+            return F.linear(x, kept[level](), linear.bias)
 
         return compute
 
@@ -131,9 +142,12 @@ class Compared(TorchDenoiser):
     Of noisy passes the flows are compared, of clean ones the keys and values that they write.
     """
 
-    def __init__(self, model: WanModel, simulated: Simulated, levels: Levels) -> None:
+    def __init__(
+        self, model: WanModel, simulated: Simulated, levels: Levels, limit: float = inf
+    ) -> None:
+        """`limit`: an error above it ends the rollout with OverBudgetError."""
         super().__init__(model)
-        self._simulated, self._levels = simulated, levels
+        self._simulated, self._levels, self._limit = simulated, levels, limit
         self.worst = 0.0
 
     def denoise(
@@ -163,19 +177,36 @@ class Compared(TorchDenoiser):
         return [(self._note, run(self._levels))]
 
     def _note(self, error: float) -> None:
-        self.worst = max(self.worst, error)
+        self.worst = max(self.worst, inf if isnan(error) else error)
+        if self.worst > self._limit:
+            raise OverBudgetError
 
 
 class Ranked(Compared):
-    """Some passes once more for each layer and level, with int8 in that layer alone; notes `Layer.errors`."""
+    """Some passes once more for each layer and level, with int8 in that layer alone; notes `Layer.errors`.
 
-    def __init__(self, model: WanModel, simulated: Simulated) -> None:
+    Half of them are noisy ones, the others clean, spread over the rollouts.
+    """
+
+    def __init__(self, model: WanModel, simulated: Simulated, passes: tuple[int, int]) -> None:
+        """`passes`: how many noisy and clean ones the rollouts have."""
         super().__init__(model, simulated, {})
-        self._passes = 0
+        each = sum(len(layer.errors) for layer in simulated.layers)
+        wanted = max(1, RANKED_RUNS // (2 * max(1, each)))
+        self._every = [-(-count // wanted) for count in passes]
+        self._seen = [0, 0]
+
+    def denoise(
+        self, latents: FloatArray, timestep: float, frames: range, past_frames: int
+    ) -> FloatArray:
+        kind = 0 if timestep else 1
+        self._seen[kind] += 1
+        # The middle of each stretch: the first pass of a video has no past.
+        self._looks = self._seen[kind] % self._every[kind] == self._every[kind] // 2
+        return super().denoise(latents, timestep, frames, past_frames)
 
     def _look(self, run: Callable[[Levels], FloatArray]) -> list[tuple[Note, FloatArray]]:
-        self._passes += 1
-        if self._passes % RANKED_EVERY:
+        if not self._looks:
             return []
         return [
             (partial(layer.note, level), run({layer: level}))
