@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -13,23 +14,25 @@ import numpy as np
 
 from asd_rt.backends.base import Engine
 from asd_rt.backends.ort import open_engine
-from asd_rt.errors import AsdError
+from asd_rt.errors import AsdError, BackendError, EngineError
 from asd_rt.manifest import Manifest, read_manifest, verify
 from asd_rt.planner import is_large
 from asd_rt.schedule import Schedule
 from export.samples import latent_sizes, rollout_frames
 
 BUDGET_S, MOST_ROUNDS, LEAST_ROUNDS = 2.0, 40, 3
-FLOATS = ("fp32", "bf16")  # what an engine may replace, best first
+FLOATS = ("fp32", "bf16")  # what an engine may replace on a CPU, best first
+CARD_FLOATS = ("fp16", "bf16")  # and on a card
 log = logging.getLogger(__name__)
 
 
 def replaced_engine(folder: Path, manifest: Manifest) -> tuple[Path, Manifest] | None:
     """The float engine of the same student in `folder` that `manifest`'s would take the place of."""
-    for precision in FLOATS:
+    on_card = manifest.backend != "onnx"
+    for precision in CARD_FLOATS if on_card else FLOATS:
         if manifest.precision == precision:
             return None
-        path = folder / f"asd_{precision}.onnx"
+        path = folder / f"asd_{precision}.{'plan' if on_card else 'onnx'}"
         if not path.exists():
             continue
         try:
@@ -38,7 +41,7 @@ def replaced_engine(folder: Path, manifest: Manifest) -> tuple[Path, Manifest] |
         except AsdError as error:
             log.info("  speed     not compared: %s", error)
             return None
-        same = ("checkpoint", "cache", "latent_hw")
+        same = ("checkpoint", "cache", "latent_hw", "backend")
         if all(getattr(found, name) == getattr(manifest, name) for name in same):
             return path, found
     return None
@@ -48,7 +51,7 @@ def measure_speed(path: Path, manifest: Manifest, folder: Path) -> dict[str, Any
     """ms of a pass behind a full window, in turns with the engine it would replace; says which is faster.
 
     Args:
-        path: an ONNX engine that is not in its place yet.
+        path: an engine that is not in its place yet; a plan is measured where its card is.
         manifest: of it.
         folder: where it goes.
 
@@ -62,13 +65,13 @@ def measure_speed(path: Path, manifest: Manifest, folder: Path) -> dict[str, Any
         log.info("  speed     not compared: a network of this size is not held twice; "
                  "python -m benchmarks.compare does it")  # fmt: skip
         return None
-    # The parts around the denoiser are not needed, and added ones are not there yet.
-    engines = [open_engine(path, manifest), open_engine(*other)]
-    try:
+    with ExitStack() as stack:
+        try:
+            engines = [_opened(stack, path, manifest), _opened(stack, *other)]
+        except (BackendError, EngineError) as error:
+            log.info("  speed     not compared: %s", error)
+            return None
         ours, theirs = _in_turns([_pass(engine) for engine in engines])
-    finally:
-        for engine in engines:
-            engine.close()
     ratio = ours / theirs
     verdict = "" if ratio < 1 else ": it is not faster"
     log.info("  speed     %s takes %.2f times as long as %s here, %.2f ms a pass against %.2f%s",
@@ -79,6 +82,19 @@ def measure_speed(path: Path, manifest: Manifest, folder: Path) -> dict[str, Any
         "its_ms_a_pass": round(theirs, 3),
         "times_as_long": round(ratio, 3),
     }
+
+
+def _opened(stack: ExitStack, path: Path, manifest: Manifest) -> Engine:
+    """An engine, closed in the end; the parts that are added to it later are not needed."""
+    engine: Engine
+    if manifest.backend == "onnx":
+        engine = open_engine(path, manifest)
+    else:
+        from asd_rt.backends.tensorrt import open_engine as open_plan
+
+        engine = open_plan(path, manifest)
+    stack.callback(engine.close)
+    return engine
 
 
 def _pass(engine: Engine) -> Callable[[], object]:
