@@ -1,4 +1,7 @@
-"""polygraphy takes our engines as they are: the commands of docs/engine.md, and its Python interface."""
+"""polygraphy takes our engines as they are: the commands of docs/engine.md, and its Python interface.
+
+Most of its time goes into an fp32 engine, which other tests of this folder use too.
+"""
 
 from __future__ import annotations
 
@@ -91,7 +94,7 @@ def test_it_shows_layers(precision: str, shown: str, engines: dict[str, Path], p
 
 def test_it_compares_precisions(engines: dict[str, Path], tmp_path: Path, polygraphy) -> None:
     """fp32 saves what it made of a real pass; fp16 and int8 are held against that."""
-    given = ("--onnxrt", "--data-loader-script", "export/polygraphy_inputs.py")
+    given = ("--onnxrt", "--data-loader-script", "benchmarks/polygraphy_inputs.py")
     made = tmp_path / "out.json"
     code, said = polygraphy(engines["fp32"], "run", engines["fp32"], *given, "--save-outputs", made)
     assert code == 0, said

@@ -1,7 +1,7 @@
 """Inputs for polygraphy: a denoising pass that the student really meets, behind a full window.
 
     ENGINE=engines/asd_int8.onnx polygraphy run engines/asd_int8.onnx --onnxrt \
-        --data-loader-script export/polygraphy_inputs.py
+        --data-loader-script benchmarks/polygraphy_inputs.py
 
 ENGINE is an ONNX engine of the shipped student (default: engines/asd_fp32.onnx) or, with CHECKPOINT, of
 another one. Numbers drawn at random would not do: int8 knows the ranges that calibration saw.
