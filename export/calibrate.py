@@ -98,17 +98,16 @@ def choose_scheme(
         with Simulated(layers, widened) as simulated:
             ranked = Ranked(model, simulated, count_passes(manifest))
             play(ranked, "layer by layer", LARGEST if widened else SMALL)
-        steps = _steps(layers, wish)
-        too_few, enough = 0, len(steps)
-        # Errors of layers add up, roughly, so that a search by halves finds about the fewest.
-        error = 0.0
-        while enough - too_few > 1:
-            count = min(max(1, 2 * too_few), (too_few + enough) // 2)
+        steps, error = _steps(layers, wish), 0.0
+
+        def holds(count: int) -> bool:
+            nonlocal error
             found = error_of(_after(levels, steps[:count]), f"{count} eased")
-            if found > budget:
-                too_few = count
-            else:
-                enough, error = count, found
+            if found <= budget:
+                error = found
+            return found <= budget
+
+        enough = fewest(len(steps), _guess(levels, steps, budget), holds)
         levels = _after(levels, steps[:enough])
         layers.sort(key=lambda layer: layer.errors["int8"], reverse=True)
     return _scheme(layers, levels, error, budget, wish, form)
@@ -171,6 +170,36 @@ def _after(levels: dict[Layer, Level], steps: list[_Step]) -> dict[Layer, Level]
         else:
             del made[step.layer]
     return made
+
+
+def _guess(levels: dict[Layer, Level], steps: list[_Step], budget: float) -> int:
+    """How many `steps` hold the budget if errors of layers are independent: their squares add up."""
+    for count in range(1, len(steps)):
+        left = _after(levels, steps[:count])
+        if sum(layer.errors[level] ** 2 for layer, level in left.items()) <= budget**2:
+            return count
+    return len(steps)
+
+
+def fewest(total: int, guess: int, holds: Callable[[int], bool]) -> int:
+    """About the least number in 1 .. `total` that `holds`: `total` does, and with a number all larger ones.
+
+    Each try is costly, so they begin at `guess` and go away from it in growing strides, then by halves. The
+    last one that held was tried last among those.
+    """
+    too_few, enough, count, stride = 0, total, guess, 1
+    while enough - too_few > 1:
+        count = min(max(count, too_few + 1), enough - 1)
+        if holds(count):
+            enough = count
+            count -= stride
+        else:
+            too_few = count
+            count += stride
+        stride *= 2
+        if not too_few < count < enough:
+            count = (too_few + enough) // 2
+    return enough
 
 
 class _Sums:

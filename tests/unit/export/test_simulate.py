@@ -107,3 +107,19 @@ def test_the_choice_holds_its_budget_over_all_rollouts(
     assert schemes[0].to_json() == schemes[1].to_json()
     assert 0 < schemes[0].figures["simulated_pass"] <= budget
     assert schemes[0].weight_only or schemes[0].kept
+
+
+@pytest.mark.parametrize("least", [1, 2, 17, 18, 40, 71, 72])
+@pytest.mark.parametrize("guess", [1, 18, 60, 72])
+def test_the_search_finds_the_fewest(least: int, guess: int) -> None:
+    tried: list[int] = []
+
+    def holds(count: int) -> bool:
+        tried.append(count)
+        return count >= least
+
+    assert calibrate.fewest(72, guess, holds) == least
+    assert len(tried) == len(set(tried)) <= 12
+    if abs(guess - least) <= 1:
+        assert len(tried) <= 4
+    assert 72 not in tried  # nothing is eight bits then, so that there is nothing to measure
