@@ -120,6 +120,8 @@ def test_unknown_layers_are_refused_with_the_nearest(
     assert "blocks.0.ffn.down" in error and error.count("\n") == 1
     assert main([*words, "--int8-activations", "float"]) == 1
     assert "--precision int8" in capsys.readouterr().err
+    assert main([*words, "--precision", "fp16", "--keep-layers", "blocks.0.ffn.up"]) == 1
+    assert "--keep-layers is for --precision int8 or fp8" in capsys.readouterr().err
 
 
 def smoothed_scheme(model: WanModel) -> Scheme:

@@ -34,10 +34,12 @@ pytestmark = pytest.mark.skipif(
 GPUS = ("sm89", "sm120")
 
 
-def build(student: Path, folder: Path, precision: str) -> tuple[Manifest, dict[str, Any]]:
+def build(
+    student: Path, folder: Path, precision: str, *more: str
+) -> tuple[Manifest, dict[str, Any]]:
     """A plan of the student; its manifest and the log of its builder."""
     words = ["--checkpoint", str(student), "--target", "tensorrt", "--precision", precision]
-    assert main([*words, "--gpu", ",".join(GPUS), "--out", str(folder)]) == 0
+    assert main([*words, "--gpu", ",".join(GPUS), "--out", str(folder), *more]) == 0
     path = folder / f"asd_{precision}.plan"
     manifest = read_manifest(path)
     verify(path, manifest)
@@ -113,7 +115,9 @@ def test_bf16_plan(student: Path, tmp_path: Path) -> None:
 
 
 def test_fp8_plan(student: Path, tmp_path: Path) -> None:
-    manifest, log = build(student, tmp_path, "fp8")
+    manifest, log = build(student, tmp_path, "fp8", "--keep-layers", "blocks.0.ffn.up")
+    assert manifest.parity["fp8"]["kept"][:1] == ["blocks.0.ffn.up"]
+    assert manifest.parity["fp8"]["asked"]["keep"] == ["blocks.0.ffn.up"]
     assert 0 < manifest.parity["pass"]["denoiser"] < 1e-1
     assert "fp8_layers" in manifest.parity["fp8"]
     part = log["parts"]["denoiser"]
