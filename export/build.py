@@ -23,7 +23,7 @@ from export.plans import check_fp8, plan_obstacle
 from export.quantize import FORMATS, Wish, check_wish
 from export.settings import Overrides, Settings, resolve
 from export.tensorrt import NO_CARD_TARGETS, check_gpus, import_tensorrt
-from export.text import add_text_encoder, check_text
+from export.text import add_text_encoder, check_text, check_text_plan
 from export.umt5_source import open_umt5
 from train.checkpoint import Checkpoint, describe_checkpoint, load_checkpoint
 from train.vae_weights import load_codec
@@ -70,6 +70,8 @@ def choose_targets(
         gpus = check_gpus(trt, args.gpu) or _present_targets()
         if precision == "fp8":
             check_fp8(gpus)
+        if args.text_encoder is not None and args.text_target != "onnx":
+            check_text_plan(args.text_precision)
     except AsdError as error:
         # In `auto` a plan is a bonus; a wish for one (--target, --gpu) is not.
         if args.target == "tensorrt" or args.gpu:
@@ -155,8 +157,7 @@ def build(args: argparse.Namespace) -> list[Path]:
     codec = _codec(args, checkpoint)
     if args.text_precision is not None and args.text_encoder is None:
         raise ConfigError("--text-precision is for --text-encoder; name its folder")
-    if args.text_target is not None:
-        _check_text_target(args, targets)
+    _check_text_target(args, targets)
     text = None if args.text_encoder is None else open_umt5(args.text_encoder)
     if text is not None:
         check_text(text, checkpoint.config)
@@ -178,6 +179,8 @@ def _check_text_target(args: argparse.Namespace, targets: Sequence[Target]) -> N
     Raises:
         ConfigError: there is no text encoder, or no plan.
     """
+    if args.text_target is None:
+        return
     if args.text_encoder is None:
         raise ConfigError("--text-target is for --text-encoder; name its folder")
     if args.text_target == "tensorrt" and all(target.backend == "onnx" for target in targets):

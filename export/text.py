@@ -43,7 +43,7 @@ from export.umt5_storage import (
 
 BUDGET = 1e-3  # relative L2 of the graph against torch with the same stored weights
 MAX_TOKENS, USUAL_TOKENS = 512, 64  # of Wan's prompts
-BUILDER_BYTES = 16  # a weight: TensorRT holds it in float32, several times
+BUILDER_BYTES = 18  # a weight, at the peak: TensorRT holds it in float32, several times
 ON_CPU = "keep the text encoder a graph, which runs on the CPU: --text-target onnx"
 log = logging.getLogger(__name__)
 
@@ -54,6 +54,15 @@ def check_text(source: Umt5Source, model: ModelConfig) -> None:
         raise ConfigError(
             f"--text-encoder {source.name}: gives {source.config.d_model} numbers a token, the denoiser "
             f"reads {model.text_dim} (text_dim); take the text encoder that the denoiser was trained with"
+        )
+
+
+def check_text_plan(precision: str | None) -> None:
+    """Raise ConfigError for a precision of weights that a plan of a text encoder cannot hold."""
+    if precision == "int8":
+        raise ConfigError(
+            "--text-precision int8: TensorRT takes int8 weights for products of int8 alone, and this encoder "
+            f"computes in float32; use --text-precision fp16, or {ON_CPU}"
         )
 
 
@@ -76,6 +85,7 @@ def add_text_encoder(
         target: "onnx" keeps that of a plan as a graph; None = compile it.
 
     Raises:
+        ConfigError: this machine has not the memory to compile it.
         EngineError: it cannot be written or compiled, or is too far from the reference.
         CheckpointError: weights that are not finite, or too large for float16.
     """

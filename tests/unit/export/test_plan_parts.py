@@ -156,6 +156,10 @@ def test_what_cannot_be_compiled_names_the_way_out(
     [
         (["--text-target", "onnx"], "--text-target is for --text-encoder"),
         (
+            ["--target", "tensorrt", "--text-encoder", "x", "--text-precision", "int8"],
+            "use --text-precision fp16, or keep the text encoder a graph",
+        ),
+        (
             ["--target", "onnx", "--text-encoder", "x", "--text-target", "tensorrt"],
             "use --target tensorrt",
         ),
