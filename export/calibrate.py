@@ -81,13 +81,15 @@ def choose_scheme(
         _find_ranges(layers, lambda what: play(TorchDenoiser(model), what))
 
     widened = not is_large(checkpoint.config)
+    # Hundreds of passes of a large network: at the latents that its gate measures it at, too.
+    size = LARGEST if widened else SMALL
 
     def error_of(levels: dict[Layer, Level], what: str) -> float:
         """The worst pass, or the first that exceeds the budget."""
         with Simulated(layers, widened) as simulated:
             compared = Compared(model, simulated, levels, limit=budget)
             with suppress(OverBudgetError):
-                play(compared, what)
+                play(compared, what, size)
         return compared.worst
 
     levels: dict[Layer, Level] = dict.fromkeys(
@@ -97,7 +99,7 @@ def choose_scheme(
     if error > budget:
         with Simulated(layers, widened) as simulated:
             ranked = Ranked(model, simulated, count_passes(manifest))
-            play(ranked, "layer by layer", LARGEST if widened else SMALL)
+            play(ranked, "layer by layer", size)
         steps, error = _steps(layers, wish), 0.0
 
         def holds(count: int) -> bool:

@@ -20,7 +20,7 @@ from export.samples import latent_sizes, rollout_frames, sample_context, sample_
 from train.checkpoint import Checkpoint
 
 LARGEST = (16, 24)  # latents of a rollout: ranges need no more
-SMALL = (4, 6)  # where a large network is run hundreds of times
+SMALL = (4, 6)  # where a large network is run hundreds of times; see `export.samples`
 PLANS = ((4, 1, 3, 2), (2, 4, 1, 3), (1, 3, 2, 4))
 VIDEOS = 6  # of a small network; of a large one, one for each plan
 
