@@ -138,9 +138,12 @@ class FrameLoop:
             number = index - self._first
             request.plan.begin(number, past, due is not None)
             count = self._steps_of(number)
+            joined = (
+                size if due is not None else 0
+            )  # frames that the first pass takes up on the way
             block = Block(
                 index=index,
-                first_frame=self._before + slots.committed_frames,
+                first_frame=self._before + slots.committed_frames + joined,
                 latents=NOTHING,
                 steps=count,
                 pass_ms=[],
