@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from asd_rt.manifest import Manifest
-from asd_rt.planner import is_large
+from asd_rt.planner import is_large, pass_parameters
 from export.quantize import (
     INT8,
     NO_WISH,
@@ -46,6 +46,7 @@ CLIPS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
 ALPHAS = (0.0, 0.35, 0.5, 0.65, 0.8, 0.9)
 SEEN_TOKENS = 256  # of a pass, to try clips and alphas on
 TINY = 1e-12
+COSTLY_WEIGHTS = 30e6  # of a pass, from which on it takes a second at the latents of a rollout
 log = logging.getLogger(__name__)
 
 
@@ -81,8 +82,8 @@ def choose_scheme(
         _find_ranges(layers, lambda what: play(TorchDenoiser(model), what))
 
     widened = not is_large(checkpoint.config)
-    # Hundreds of passes of a large network: at the latents that its gate measures it at, too.
-    size = LARGEST if widened else SMALL
+    # Of hundreds of passes each is to be short.
+    size = SMALL if pass_parameters(checkpoint.config) > COSTLY_WEIGHTS else LARGEST
 
     def error_of(levels: dict[Layer, Level], what: str) -> float:
         """The worst pass, or the first that exceeds the budget."""
