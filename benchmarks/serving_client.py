@@ -24,7 +24,7 @@ from websockets.asyncio.client import ClientConnection, connect
 from asd_rt.serve.protocol import unpack_block
 
 PROMPTS = ("a red three moving right", "a blue seven moving left")
-START_S, STOP_S, MOST_S = 60.0, 15.0, 900.0
+START_S, STOP_S, MOST_S = 60.0, 30.0, 900.0
 
 
 @dataclass
@@ -63,6 +63,17 @@ def running(*flags: str, token: str | None = None) -> Iterator[Server]:
     """
     environment = dict(os.environ) | ({} if token is None else {"ASD_RT_TOKEN": token})
     command = [sys.executable, "-m", "asd_rt", "serve", "--port", "0", *flags]
+    with started(command, environment) as server:
+        yield server
+
+
+@contextmanager
+def started(command: list[str], environment: dict[str, str]) -> Iterator[Server]:
+    """A server by a command that prints its address first, stopped at the end of the block.
+
+    Raises:
+        RuntimeError: it does not start.
+    """
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
     )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 from benchmarks import batching
+from train.checkpoint import Checkpoint, load_checkpoint
 
 
 def test_all_but_the_modulation_has_a_row_for_each_video() -> None:
@@ -33,14 +34,31 @@ def test_all_but_the_modulation_has_a_row_for_each_video() -> None:
     assert found.outputs["flow"][1] == (3, "F", 4, 8, 8)
 
 
-def test_the_command_on_two_videos(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.fixture
+def shallow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tiny student's first layer alone, whose exports take seconds."""
+
+    def load(path: Path) -> Checkpoint:
+        found = load_checkpoint(path)
+        weights = {
+            name: value
+            for name, value in found.weights.items()
+            if not name.startswith("blocks.") or name.startswith("blocks.0.")
+        }
+        return replace(found, config=replace(found.config, num_layers=1), weights=weights)
+
+    monkeypatch.setattr(batching, "load_checkpoint", load)
+
+
+def test_the_command_on_two_videos(
+    shallow: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert batching.main(["--videos", "2", "--rounds", "3", "--out", str(tmp_path)]) == 0
     report = json.loads((tmp_path / "batching.json").read_text())
     (row,) = report["rows"]
     assert row["videos"] == 2
-    assert 0 < row["error"] < 1e-5, "other additions, the same results"
-    assert row["gain_low"] <= row["gain"] <= row["gain_high"]
-    assert np.isclose(row["gain"], row["single_ms"] / row["shared_ms"], rtol=0.9)
+    assert row["error"] < 1e-5, "each video gets what it gets alone"
+    assert 0 < row["gain_low"] <= row["gain"] <= row["gain_high"]
     assert (tmp_path / "batching.md").read_text() in capsys.readouterr().out
     assert batching.main(["--videos", "1", "--out", str(tmp_path)]) == 1
     assert "--videos must be at least 2" in capsys.readouterr().err
