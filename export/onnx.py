@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
@@ -108,6 +109,7 @@ def export_part(
         (*shapes[:fixed], tuple(shapes[fixed:])) if fixed < len(shapes) else tuple(shapes)
     )
     with _quiet_exporter():
+        _remember_operators()
         try:
             program = torch.onnx.export(
                 part.module,
@@ -165,6 +167,20 @@ def _quiet_exporter() -> Iterator[None]:
             yield
         finally:
             logger.setLevel(level)
+
+
+@functools.cache
+def _remember_operators() -> None:
+    """Have torch.onnx read its own operators once in a process instead of once a graph.
+
+    It parses the sources of some 500 functions each time, almost half of the work of a small graph, and
+    the result is the same for one opset. The name is private: where it is gone, exports are only slower.
+    """
+    try:
+        from torch.onnx._internal.exporter._registration import ONNXRegistry
+    except ImportError:
+        return
+    ONNXRegistry.from_torchlib = staticmethod(functools.cache(ONNXRegistry.from_torchlib))  # type: ignore[method-assign]
 
 
 def _move_weights(graph: ir.Graph, weights: WeightsFile, rounded: str) -> dict[str, str]:
