@@ -53,9 +53,10 @@ demo: $(DEMO_READY) $(ENGINE_READY)
 	$(BIN)/python -m benchmarks.latency --out $(OUT)
 	@echo "done: $(OUT)/demo.mp4, $(OUT)/contact_sheet.png, $(OUT)/latency.{json,md,png}"
 
-# One process a core, one thread each: most of the time goes into exports, which use one.
+# One process a core, one thread each: most of the time goes into exports, which use one. Files are begun
+# in the order of tests/conftest.py, long ones first, not by how many tests they have.
 test: $(ALL_READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 lint: $(ALL_READY)
 	$(BIN)/ruff check .

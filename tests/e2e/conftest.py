@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,7 +18,8 @@ from typing import Any
 import pytest
 
 PROMPT = "a red three moving up and left"
-TIMEOUT_S = 900
+TIMEOUT_S = 300
+SMALLER = {"dim": 48, "ffn_dim": 96, "num_heads": 2, "num_layers": 2}
 
 
 @dataclass(frozen=True)
@@ -42,15 +46,30 @@ Command = Callable[..., Result]
 
 
 def run_command(*words: str | Path, cwd: Path, **environment: str) -> Result:
-    done = subprocess.run(
-        [str(word) for word in words],
+    """Run a command to its end; one that hangs is stopped and shown with what it said and where it was."""
+    command = [str(word) for word in words]
+    process = subprocess.Popen(
+        command,
         cwd=cwd,
-        env={**os.environ, **environment},
+        env={**os.environ, "PYTHONFAULTHANDLER": "1", **environment},
         stdin=subprocess.DEVNULL,
-        capture_output=True,
-        timeout=TIMEOUT_S,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     )
-    return Result(done.returncode, done.stdout, done.stderr.decode())
+    try:
+        out, problems = process.communicate(timeout=TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGABRT)  # Python shows the stacks of all threads
+        try:
+            out, problems = process.communicate(timeout=10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            out, problems = process.communicate()
+        pytest.fail(
+            f"not done after {TIMEOUT_S} s: {shlex.join(command)}\n"
+            f"stdout ends with {out[-2000:]!r}\nstderr:\n{problems.decode(errors='replace')[-20_000:]}"
+        )
+    return Result(process.returncode, out, problems.decode())
 
 
 @pytest.fixture(scope="session")
@@ -77,24 +96,35 @@ def module(root: Path) -> Command:
 
 
 @pytest.fixture(scope="session")
-def student(module: Command, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A student out of a smoke run of all training stages."""
-    out = tmp_path_factory.mktemp("chain") / "run"
-    made = module("train", "--config", "train/configs/tiny.toml", "--smoke", "--out", out)
-    assert made.code == 0, made.stderr
-    assert {"config.json", "model.safetensors"} <= set(os.listdir(out / "student"))
-    return out / "student"
+def student(module: Command, root: Path, make_once: Callable[..., Path]) -> Path:
+    """A student out of a smoke run of all training stages, its network smaller than the recipe's."""
+
+    def train(folder: Path) -> None:
+        recipe = (root / "train" / "configs" / "tiny.toml").read_text()
+        for name, value in SMALLER.items():
+            recipe, found = re.subn(rf"^{name} = \d+", f"{name} = {value}", recipe, flags=re.M)
+            assert found == 1, name
+        (folder / "small.toml").write_text(recipe)
+        words = ("--config", folder / "small.toml", "--smoke", "--threads", "1")
+        made = module("train", *words, "--out", folder / "run")
+        assert made.code == 0, made.stderr
+        assert {"config.json", "model.safetensors"} <= set(os.listdir(folder / "run" / "student"))
+
+    return make_once("chain", train) / "run" / "student"
 
 
 @pytest.fixture(scope="session")
-def engine(module: Command, student: Path) -> Path:
-    """That student's engine; tests that spoil it do so to a copy."""
-    out = student.parent.parent / "engines"
-    out.mkdir()
-    made = module(
-        "export.build", "--checkpoint", student, "--steps", "1", "--target", "onnx", "--out", out
-    )
-    assert made.code == 0, made.stderr
+def engine(module: Command, student: Path, make_once: Callable[..., Path]) -> Path:
+    """That student's engine, in a folder `engines`; tests that spoil it do so to a copy."""
+
+    def build(folder: Path) -> None:
+        out = folder / "engines"
+        out.mkdir()
+        words = ("--checkpoint", student, "--steps", "1", "--target", "onnx", "--out", out)
+        made = module("export.build", *words)
+        assert made.code == 0, made.stderr
+
+    out = make_once("chain_engines", build) / "engines"
     engines = [path for path in out.glob("*.onnx") if Path(f"{path}.json").exists()]
     assert len(engines) == 1, os.listdir(out)
     return engines[0]

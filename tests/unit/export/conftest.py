@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -29,17 +30,20 @@ CONFIG = ModelConfig(
 
 
 @pytest.fixture(scope="session")
-def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("checkpoints") / "student"
-    torch.manual_seed(0)
-    model = WanModel(CONFIG)
-    torch.nn.init.normal_(model.head.head.weight)
-    codec = LinearCodec(2)
-    codec.encoder.normal_()
-    codec.decoder.normal_()
-    deployment = Deployment(2, 6, 1, 3.0, (4, 2), 8, 4, {"red": 1, "a": 0})
-    save_checkpoint(folder, CONFIG, model.state_dict(), deployment, codec, torch.eye(3), half=True)
-    return folder
+def student(make_once: Callable[..., Path]) -> Path:
+    def save(folder: Path) -> None:
+        torch.manual_seed(0)
+        model = WanModel(CONFIG)
+        torch.nn.init.normal_(model.head.head.weight)
+        codec = LinearCodec(2)
+        codec.encoder.normal_()
+        codec.decoder.normal_()
+        told, table = Deployment(2, 6, 1, 3.0, (4, 2), 8, 4, {"red": 1, "a": 0}), torch.eye(3)
+        save_checkpoint(
+            folder / "student", CONFIG, model.state_dict(), told, codec, table, half=True
+        )
+
+    return make_once("export_student", save) / "student"
 
 
 @pytest.fixture(scope="session")
@@ -52,11 +56,14 @@ def bare_student(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def built(student: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def built(student: Path, make_once: Callable[..., Path]) -> Path:
     """A folder with an fp32 ONNX engine of `student`, for reading only."""
-    folder = tmp_path_factory.mktemp("engines")
-    assert main(["--checkpoint", str(student), "--target", "onnx", "--out", str(folder)]) == 0
-    return folder
+
+    def build(folder: Path) -> None:
+        words = ["--checkpoint", str(student), "--target", "onnx", "--out", str(folder)]
+        assert main(words) == 0
+
+    return make_once("export_built", build)
 
 
 @pytest.fixture(autouse=True)
