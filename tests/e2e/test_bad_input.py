@@ -180,7 +180,10 @@ class TestOutput:
 
 
 class TestCheckpoint:
-    """`export.build` of weights that do not fit names all of them and builds nothing."""
+    """`export.build` of weights that do not fit names all of them and builds nothing.
+
+    Wrong flags and absent files: see tests/unit/export/test_build.py.
+    """
 
     def build(self, module: Run, student: Path, out: Path, **changes: Any) -> Any:
         from safetensors.numpy import load_file, save_file
@@ -224,20 +227,3 @@ class TestCheckpoint:
         path.write_bytes(b"cposix\nmkdir\n(V" + str(out / "pwned").encode() + b"\ntR.")
         result = module("export.build", "--checkpoint", path, "--target", "onnx", "--out", out)
         refused(result, 1, "wan.pt", "pickled code (posix.mkdir)", where=out)
-
-    def test_absent(self, module: Run, refused: Run, out: Path) -> None:
-        words = ("--checkpoint", out / "none", "--steps", "1", "--target", "onnx", "--out", out)
-        refused(module("export.build", *words), 1, "none", where=out)
-
-    @pytest.mark.parametrize(
-        ("flag", "value"), [("--steps", "5"), ("--target", "vulkan"), ("--precision", "fp13")]
-    )
-    def test_flag(
-        self, module: Run, refused: Run, student: Path, out: Path, flag: str, value: str
-    ) -> None:
-        words = ["export.build", "--checkpoint", student, "--out", out, flag, value]
-        result = module(*words)
-        assert result.code in (1, 2), result
-        assert len(result.lines) == 1, result.stderr
-        assert flag.lstrip("-") in result.lines[0]
-        assert os.listdir(out) == []

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
-import time
 import venv
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +18,16 @@ NOT_NEEDED = (
     *("torch", "train", "export", "onnx", "onnxscript", "scipy", "sklearn", "matplotlib"),
     *("PIL", "tqdm", "transformers", "tokenizers", "ftfy"),
 )
-COLD_START_S = 60.0
+COLD_START_CPU_S = (
+    30.0  # of processors, which others' work does not lengthen as it does the clock's
+)
+TIMEOUT_S = 300
+
+
+def children_cpu_s() -> float:
+    """Processor seconds of all child processes that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def frame_count(path: Path) -> int:
@@ -48,22 +57,24 @@ def test_wheel_with_the_cpu_extra_alone(root: Path, tmp_path: Path) -> None:
     venv.create(tmp_path / "venv", with_pip=True)
     python = tmp_path / "venv" / "bin" / "python"
     install = ["-m", "pip", "install", "-q", "-c", str(root / "constraints.txt"), f"{root}[cpu]"]
-    installed = subprocess.run([str(python), *install], capture_output=True, text=True)
+    installed = subprocess.run(
+        [str(python), *install], capture_output=True, text=True, timeout=TIMEOUT_S
+    )
     assert installed.returncode == 0, installed.stderr
     frozen = subprocess.run(
         [str(python), "-m", "pip", "freeze"], capture_output=True, text=True, check=True
     )
     assert "torch" not in frozen.stdout
     command = [str(python.with_name("asd-rt")), "run", "--prompt", PROMPT, "--out", "x.mp4"]
-    begin = time.perf_counter()
+    before = children_cpu_s()
     made = subprocess.run(
         command,
         cwd=tmp_path,
         env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
         capture_output=True,
         text=True,
+        timeout=TIMEOUT_S,
     )
-    took = time.perf_counter() - begin
     assert made.returncode == 0, made.stderr
     assert frame_count(tmp_path / "x.mp4") == 48
-    assert took <= COLD_START_S
+    assert children_cpu_s() - before <= COLD_START_CPU_S

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import pytest
 import torch
 
 from asd_rt.backends.base import open_backend
-from asd_rt.config import ModelConfig
+from asd_rt.config import CacheConfig, ModelConfig
+from asd_rt.manifest import read_manifest, write_manifest
 from asd_rt.plan import ListedPlan
 from asd_rt.session import Session
 from export.build import main
@@ -26,18 +28,26 @@ CONFIG = ModelConfig(
 BLOCKS = 50
 
 
-@pytest.mark.parametrize(("block", "window", "sink"), [(1, 7, 1), (3, 12, 3), (3, 10, 1)])
-def test_fifty_blocks(
-    block: int, window: int, sink: int, tmp_path: Path, relative_l2: Callable[[Any, Any], float]
-) -> None:
-    torch.manual_seed(block)
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An engine whose graphs serve any block size and window."""
+    torch.manual_seed(1)
     model = WanModel(CONFIG)
     torch.nn.init.xavier_uniform_(model.head.head.weight)
-    deployment = Deployment(block_frames=block, window_frames=window, sink_frames=sink)
-    folder = tmp_path / "checkpoint"
-    save_checkpoint(folder, CONFIG, model.state_dict(), deployment, None, None)
-    assert main(["--checkpoint", str(folder), "--target", "onnx", "--out", str(tmp_path)]) == 0
-    engine = open_backend(tmp_path / "asd_fp32.onnx")
+    folder = tmp_path_factory.mktemp("joined")
+    save_checkpoint(folder / "checkpoint", CONFIG, model.state_dict(), Deployment(3, 12, 3))
+    words = ["--checkpoint", str(folder / "checkpoint"), "--target", "onnx", "--out", str(folder)]
+    assert main(words) == 0
+    return folder / "asd_fp32.onnx"
+
+
+@pytest.mark.parametrize(("block", "window", "sink"), [(1, 7, 1), (3, 12, 3), (3, 10, 1)])
+def test_fifty_blocks(
+    block: int, window: int, sink: int, built: Path, relative_l2: Callable[[Any, Any], float]
+) -> None:
+    manifest = read_manifest(built)
+    write_manifest(built, replace(manifest, cache=CacheConfig(block, window, sink)))
+    engine = open_backend(built)
     draw = np.random.default_rng(0)
     noise = draw.standard_normal((1, BLOCKS * block, 4, 4, 6)).astype(np.float32)
     context = draw.standard_normal((1, 4, 8)).astype(np.float32)
