@@ -76,21 +76,21 @@ def test_run_text_and_scale(asd, toy, tmp_path) -> None:
     assert pictures[0].read_bytes()[16:24] == (6).to_bytes(4, "big") + (12).to_bytes(4, "big")
 
 
-@pytest.mark.parametrize("flag", [("--deadline-ms", "1000"), ("--fps", "2")])
+@pytest.mark.parametrize("flag", [("--deadline-ms", "20000"), ("--fps", "0.1")])
 def test_run_with_a_deadline(asd, toy, flag) -> None:
     code, out, err = asd(
         *("run", "--engine", toy.path, "--prompt", PROMPT, "--frames", 12, "--json", *flag)
     )
     assert (code, err) == (0, [])
     report = json.loads(out)
-    assert report["deadline_ms"] == 1000  # a block has two frames
+    assert report["deadline_ms"] == 20000  # a block has two frames; no machine is that busy
     assert report["steps"] == [4] * 6
     first, *later = report["blocks"]
-    assert first["budget_ms"] == 4000
+    assert first["budget_ms"] == 80000
     for block in later:
-        assert block["budget_ms"] == 1000 and block["fits"] and not block["missed"]
-        assert block["slack_ms"] == pytest.approx(1000 - block["taken_ms"], abs=0.01)
-        assert 0 < block["planned_ms"] < 1000
+        assert block["budget_ms"] == 20000 and block["fits"] and not block["missed"]
+        assert block["slack_ms"] == pytest.approx(20000 - block["taken_ms"], abs=0.01)
+        assert 0 < block["planned_ms"] < 20000
     assert report["summary"]["misses"]["with_decode"] == {"count": 0, "share": 0}
 
 
@@ -294,9 +294,9 @@ def test_bench(asd, toy, tmp_path) -> None:
     assert report["summary"]["runs"] == 2
     assert report["summary"]["steps_per_block"] == [4, 1, 1]
     assert report["sha256"] == toy.manifest.parts["denoiser"].sha256
-    code, out, _ = asd(*arguments, "--json", "--deadline-ms", 500)
+    code, out, _ = asd(*arguments, "--json", "--deadline-ms", 20000)
     timed = json.loads(out)
-    assert timed["plan"] == {"steps": 4, "first_steps": 4, "deadline_ms": 500}
+    assert timed["plan"] == {"steps": 4, "first_steps": 4, "deadline_ms": 20000}
     assert timed["summary"]["misses"]["with_decode"]["count"] == 0
     assert all(record["slack_ms"] > 0 for record in timed["records"])
     code, out, _ = asd(*arguments, "--json", "b.json")

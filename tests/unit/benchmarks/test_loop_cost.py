@@ -18,13 +18,13 @@ def test_decoding_is_an_engine_call(monkeypatch: pytest.MonkeyPatch) -> None:
     step = OrtCodecStream.step
 
     def slow(self: OrtCodecStream, *args: Any) -> None:
-        sleep(0.1)
+        sleep(0.25)  # long beside what a busy machine takes for the rest
         step(self, *args)
 
     monkeypatch.setattr(OrtCodecStream, "step", slow)
     monkeypatch.setattr(loop_cost, "BLOCKS", (2, 2))
     with asd_rt.open(PACKAGED_DIR / "asd_fp32.onnx") as session:
         found = loop_cost.measure(Session(session.engine, join=False))
-    assert found["block_ms"] > 100
-    assert found["outside_ms"] < 50
+    assert found["block_ms"] > 250
+    assert found["outside"] < 0.5
     assert OrtCodecStream.step is slow  # as it was found
