@@ -14,7 +14,7 @@ LAYERS = ("asd_rt", "train", "export", "benchmarks", "tests")
 RUNTIME = {"asd_rt", "numpy", "safetensors", "av"}
 BACKENDS = {"onnxruntime", "openvino", "tensorrt", "tensorrt_rtx", "cuda"}
 # What the server may import besides, and nothing else of the runtime.
-SERVER = {"starlette", "uvicorn", "websockets", "prometheus_client", "PIL", "h11"}
+SERVER = {"starlette", "uvicorn", "websockets", "prometheus_client", "PIL", "h11", "ray"}
 
 
 def imported(path: Path) -> set[str]:
