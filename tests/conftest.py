@@ -14,6 +14,7 @@ import hypothesis
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+SHORT = ROOT / "tests" / "unit" / "asd_rt"  # many files of a few seconds each
 # An example that takes long says that the machine is busy, not that the code is wrong.
 hypothesis.settings.register_profile(
     "tests", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
@@ -69,12 +70,12 @@ def data(root: Path) -> Path:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put files with tests marked slow first, so that no process has one left when the others are done.
+    """Put files with tests marked slow first and short ones last, so that all processes end together.
 
     Skip tests marked gpu where there is no NVIDIA driver.
     """
     slow = {item.path for item in items if "slow" in item.keywords}
-    items.sort(key=lambda item: item.path not in slow)
+    items.sort(key=lambda item: (item.path not in slow, item.path.is_relative_to(SHORT)))
     if Path("/proc/driver/nvidia/version").exists() or Path("/dev/dxg").exists():
         return
     for item in items:
