@@ -31,11 +31,12 @@ from asd_rt.errors import ConfigError
 from asd_rt.progress import Progress
 from asd_rt.session import Session
 from benchmarks.contact_sheet import Row, draw_sheet
-from benchmarks.judge import NAMES, Judge, load_judge
+from benchmarks.judge import NAMES, shipped_judge
 from benchmarks.latency import make_folder
 from benchmarks.latency_plot import GRID, INK, SOFT_INK
 from benchmarks.scaling import resident_bytes
 from benchmarks.tiny_report import contexts, make_parser, origin, run, to_pixels, write
+from train.judge import Judge
 from train.tiny_world import prompt_text, random_labels
 
 BRIGHT = 0.35  # streaks have more pixels above it than digits have
@@ -54,7 +55,7 @@ PLOTTED = (
 
 def describe(judge: Judge, pairs: list[NDArray[np.float32]], labels: Tensor) -> dict[str, Any]:
     """What blocks show: `pairs` of [N, F, C, h, w], each two blocks of all N videos."""
-    hits = np.stack([judge.hits(judge.frames(pair), labels) for pair in pairs])
+    hits = np.stack([judge.hits(judge.frames(pair), labels, later=True) for pair in pairs])
     frames = torch.cat([judge.frames(pair[:, ::3]) for pair in pairs]).numpy()
     high, low = frames.max(axis=2), frames.min(axis=2)
     right = hits.all(axis=2)
@@ -187,7 +188,7 @@ def report(args: argparse.Namespace, command: str) -> None:
             f"{args.videos} and {args.part}"
         )
     make_folder(args.out)
-    judge = load_judge()
+    judge = shipped_judge()
     with asd_rt.open(args.engine) as session:
         found = measure(session, judge, args)
         told = origin(session, args, "videos", "blocks", "part", "seed")

@@ -21,10 +21,11 @@ from torch import Tensor
 import asd_rt
 from asd_rt.session import Session
 from benchmarks.contact_sheet import Row, draw_sheet
-from benchmarks.judge import NAMES, Judge, load_judge
+from benchmarks.judge import NAMES, shipped_judge
 from benchmarks.latency import make_folder
 from benchmarks.tiny_report import contexts, make_parser, origin, run, to_pixels, write
-from train.evaluate import bootstrap, same_axes
+from train.judge import Judge, same_axes
+from train.scores import bootstrap
 from train.tiny_world import COLOURS, DIGITS, DIRECTIONS, random_labels
 
 WAYS = {"kept": False, "recached": True}
@@ -67,7 +68,7 @@ def play(
 def hits_by_block(judge: Judge, latents: Latents, labels: Tensor, size: int) -> Hits:
     """What each block shows of `labels`: bool [N, blocks, 3]."""
     parts = np.split(latents, latents.shape[1] // size, axis=1)
-    return np.stack([judge.hits(judge.frames(part), labels) for part in parts], axis=1)
+    return np.stack([judge.hits(judge.frames(part), labels, later=True) for part in parts], axis=1)
 
 
 def blocks_until(hits: Hits) -> NDArray[np.float64]:
@@ -173,7 +174,7 @@ def report(args: argparse.Namespace, command: str) -> None:
         AsdError: anything the user can mend.
     """
     make_folder(args.out)
-    judge = load_judge()
+    judge = shipped_judge()
     with asd_rt.open(args.engine) as session:
         found = measure(session, judge, args)
         told = origin(session, args, "switches", "at", "after", "seed")

@@ -23,8 +23,8 @@ from export.parity_plot import plot_frames, plot_layers
 from export.parity_report import make_entry, markdown, write_report
 from export.quantize import FORMATS
 from export.reference import TorchEngine
-from export.samples import is_tiny_world
 from train.checkpoint import Checkpoint, load_checkpoint
+from train.codec import is_tiny_world
 from train.command_line import Parser
 from train.model import WanModel
 
@@ -97,16 +97,15 @@ class _Reference:
     def semantics(self, engine: Engine, prompts: int) -> dict[str, Any]:
         """See `export.semantics`."""
         try:
-            from export.semantics import compare, show, trained_judge
+            from export.semantics import compare, show
+            from train.judge import load_judge
         except ImportError as error:
             raise ConfigError(
                 f"the judge of the tiny world needs the packages of training ({error}); pip install "
                 "'asd-rt[train]', or leave it out: --prompts 0"
             ) from error
-        if self.checkpoint.codec is None:
-            raise ConfigError(f"checkpoint {self.checkpoint.name}: has no codec")
         if self._judge is None:
-            self._judge = trained_judge(self.checkpoint.codec)
+            self._judge = load_judge()
         key = _same(engine.manifest)
 
         def judged(one: Engine, name: str) -> Any:

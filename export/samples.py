@@ -41,17 +41,6 @@ def rollout_frames(manifest: Manifest) -> int:
     return blocks * block
 
 
-def is_tiny_world(checkpoint: Checkpoint) -> bool:
-    """Whether a student makes videos that the judge knows."""
-    told = checkpoint.deployment
-    return (
-        told.words == vocabulary()
-        and told.latent_hw == (8, 8)
-        and checkpoint.table is not None
-        and checkpoint.codec is not None
-    )
-
-
 def sample_context(checkpoint: Checkpoint, batch: int, seed: int) -> Tensor:
     """Contexts [batch, text_len, text_dim]: prompts where the student reads words, else noise."""
     config, draw = checkpoint.config, torch.Generator().manual_seed(seed)

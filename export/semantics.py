@@ -1,14 +1,11 @@
 """Whether the tiny world's videos still show what was asked for: an engine beside float32 torch.
 
-The judge is the classifier of `train`, which sees real clips alone; no run ships it, so it is trained when it
-is first needed (a minute or two) and kept in the cache folder. Both sides get the same prompts and noise.
+The judge is that of `train.judge`. Both sides get the same prompts and noise.
 """
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,26 +13,22 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-import train
 from asd_rt.arguments import make_plan
 from asd_rt.backends.base import Engine
 from asd_rt.errors import OutputError
-from asd_rt.files import cache_folder
 from asd_rt.frame_loop import Request
 from asd_rt.progress import Progress
 from export.drift import play
 from train.checkpoint import Checkpoint
-from train.classifier import Classifier, ClassifierStage
-from train.codec import LinearCodec
-from train.config import TrainConfig, fingerprint, load_config
-from train.evaluate import ATTRIBUTES, BOOTSTRAP, judge, same_axes
-from train.stage import run_stage
+from train.judge import Judge
+from train.scores import BOOTSTRAP
 from train.tiny_world import label_tokens, random_labels
 
 FRAMES = 48
 CLIP = 12  # frames that are judged at a time
 BATCH = 16
-PROMPTS_SEED, NOISE_SEED, JUDGE_SEED = 4242, 10_000, 0
+PROMPTS_SEED, NOISE_SEED = 4242, 10_000
+ATTRIBUTES = ("digit", "colour", "direction")
 
 
 @dataclass(frozen=True)
@@ -67,38 +60,7 @@ class Marks:
         }
 
 
-def trained_judge(codec: LinearCodec, config: TrainConfig | None = None) -> Classifier:
-    """The judge for videos through `codec`, from the cache folder, or trained now, with a progress bar.
-
-    Args:
-        codec: of the student.
-        config: the recipe; None = the shipped student's.
-
-    Raises:
-        OutputError: there is no cache folder.
-        AsdError: what is kept there is damaged.
-    """
-    if config is None:
-        config = load_config(Path(next(iter(train.__path__))) / "configs" / "tiny.toml")
-    known = hashlib.sha256(codec.encoder.numpy().tobytes() + codec.decoder.numpy().tobytes())
-    mark = f"{fingerprint(config, JUDGE_SEED, 'classifier')}-{known.hexdigest()[:8]}"
-    cache = cache_folder()
-    if cache is None:
-        raise OutputError(
-            "the judge of the tiny world needs a folder to be kept in; name one: ASD_RT_CACHE=FOLDER"
-        )
-    folder = cache / "judge" / mark
-    folder.mkdir(parents=True, exist_ok=True)
-    with torch.random.fork_rng():
-        stage = ClassifierStage(config, JUDGE_SEED, codec)
-        run_stage(stage, folder, mark)
-    # The stage's own network is that of its last step, or what it read back.
-    return stage.model.eval()
-
-
-def show(
-    engine: Engine, checkpoint: Checkpoint, classifier: Classifier, prompts: int, name: str
-) -> Marks:
+def show(engine: Engine, checkpoint: Checkpoint, judge: Judge, prompts: int, name: str) -> Marks:
     """Let an engine play `prompts` videos of FRAMES frames by its own plan, and judge them.
 
     Latents are decoded by torch on either side: the decoder is measured apart.
@@ -121,20 +83,16 @@ def show(
                 parts.append(torch.from_numpy(block.latents.copy()))
                 progress.advance()
             frames = codec.decode(torch.cat(parts, dim=1)[:, :FRAMES])
-            found.append(_mark(classifier, frames, asked))
+            found.append(_mark(judge, frames, asked))
     return Marks(np.concatenate(found))
 
 
-def _mark(classifier: Classifier, frames: Tensor, asked: Tensor) -> NDArray[np.bool_]:
+def _mark(judge: Judge, frames: Tensor, asked: Tensor) -> NDArray[np.bool_]:
     """Frames [B, FRAMES, 3, 32, 32] and what was asked for [B, 3] -> bool [B, FRAMES / CLIP, 3]."""
     marks = []
     for number in range(FRAMES // CLIP):
         clip = frames[:, number * CLIP : (number + 1) * CLIP]
-        seen, _ = judge(classifier, clip.nan_to_num())
-        right = (seen == asked).numpy()
-        if number:
-            right[:, 2] = same_axes(seen[:, 2], asked[:, 2]).numpy()
-        marks.append(right)
+        marks.append(judge.hits(clip.nan_to_num(), asked, later=number > 0))
     return np.stack(marks, axis=1)
 
 

@@ -21,14 +21,17 @@ EXAMPLES = """examples:
       every stage for a few steps, under 3 minutes: does it run?
   python -m train --config train/configs/tiny.toml --out runs/tiny --resume --stages evaluate
       score again
+  python -m train --config train/configs/tiny.toml --out runs/b --teacher runs/tiny/teacher --init runs/tiny/init
+      another distillation from the same start
   python -m train --config train/configs/wan_1_3b_asd.toml --dry-run --world-size 8
       check every file, and say what a step takes of 8 GPUs
   torchrun --nproc-per-node 8 -m train --config train/configs/wan_1_3b_asd.toml --out runs/wan
       distil Wan2.1 on the 8 GPUs of a machine
 
-The student is written to OUT/student; build it with
+Every finished stage of the tiny world hands on its averaged network as a small checkpoint, OUT/teacher and
+OUT/init. The student is written to OUT/student; build it with
   python -m export.build --steps 1 --checkpoint OUT/student
-"""
+"""  # noqa: E501
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -55,8 +58,26 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--stages",
-        help="comma-separated, of classifier, teacher, init, distill, evaluate; default: all that the "
+        help="comma-separated, of teacher, init, distill, evaluate; default: all that the "
         "configuration has",
+    )
+    parser.add_argument(
+        "--teacher",
+        type=Path,
+        metavar="PATH",
+        help="a finished teacher, as a run keeps it in OUT/teacher: do not train one",
+    )
+    parser.add_argument(
+        "--init",
+        type=Path,
+        metavar="PATH",
+        help="a causal start of that teacher, as in OUT/init: do not train one; needs --teacher",
+    )
+    parser.add_argument(
+        "--save-every",
+        type=float,
+        metavar="SECONDS",
+        help="time between checkpoints (default 60; of real networks parallel.save_minutes says it)",
     )
     parser.add_argument(
         "--threads", type=int, default=0, help="CPU threads (default: usable cores)"
@@ -112,6 +133,10 @@ def _train(args: argparse.Namespace) -> None:
         raise ConfigError("--out is missing: name the folder of the run")
     if args.seed < 0:
         raise ConfigError(f"--seed must be a whole number >= 0, found {args.seed}")
+    if args.init is not None and args.teacher is None:
+        raise ConfigError("--init needs the --teacher that it was made from")
+    if args.save_every is not None and args.save_every < 0:
+        raise ConfigError(f"--save-every must be a time >= 0, found {args.save_every}")
     config = load_config(args.config, args.changes)
     if args.smoke:
         config = config.smoke()
@@ -122,6 +147,12 @@ def _train(args: argparse.Namespace) -> None:
         "threads": args.threads,
     }
     if config.data is not None:
+        given = [n for n in ("teacher", "init", "save_every") if getattr(args, n) is not None]
+        if given:
+            flags = ", ".join("--" + name.replace("_", "-") for name in given)
+            raise ConfigError(
+                f"{flags}: of the tiny world; real networks have [weights] and [parallel]"
+            )
         stages = _stages(args.stages, real_models.stages_of(config))
         real_models.run(config, args.out, stages=stages, **common)
     else:
@@ -131,7 +162,18 @@ def _train(args: argparse.Namespace) -> None:
         command = f"python -m train --config {args.config} --seed {args.seed}"
         command += "".join(f" --set {change}" for change in args.changes)
         command += " --smoke" if args.smoke else ""
-        pipeline.run(config, args.out, stages=stages, command=command, **common)
+        for name, path in (("teacher", args.teacher), ("init", args.init)):
+            command += "" if path is None else f" --{name} {path}"
+        pipeline.run(
+            config,
+            args.out,
+            stages=stages,
+            command=command,
+            teacher=args.teacher,
+            init=args.init,
+            save_every_s=60.0 if args.save_every is None else args.save_every,
+            **common,
+        )
     if int(os.environ.get("RANK", 0)) == 0:
         minutes = (time.monotonic() - began) / 60
         logging.info("done in %.1f minutes; student: %s", minutes, args.out / "student")

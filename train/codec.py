@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from train.tiny_world import BACKGROUND, WORDS, TinyWorld
+from train.tiny_world import BACKGROUND, CANVAS, WORDS, TinyWorld, vocabulary
+
+if TYPE_CHECKING:
+    from train.checkpoint import Checkpoint
 
 PATCH = 4
+LATENT_HW = (CANVAS // PATCH, CANVAS // PATCH)
+
+
+def is_tiny_world(checkpoint: Checkpoint) -> bool:
+    """Whether a checkpoint makes videos that the judge knows."""
+    told = checkpoint.deployment
+    return (
+        told.words == vocabulary()
+        and told.latent_hw == LATENT_HW
+        and checkpoint.table is not None
+        and checkpoint.codec is not None
+    )
 
 
 class LinearCodec(nn.Module):

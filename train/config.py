@@ -85,8 +85,15 @@ class DistillConfig:
     grad_clip: float
     ema: float
     ema_start: int
+    select_every: int = 0  # steps between looks at held-out prompts; 0 = keep the last average
+    select_clips: int = 64
 
     def __post_init__(self) -> None:
+        if self.select_every < 0 or self.select_clips < 1:
+            raise ConfigError(
+                "distill: select_every must be >= 0 and select_clips >= 1, found "
+                f"{self.select_every} and {self.select_clips}"
+            )
         if len(self.step_weights) != 4 or min(self.step_weights) < 0 or sum(self.step_weights) <= 0:
             raise ConfigError(
                 f"distill: step_weights must be 4 numbers >= 0, found {self.step_weights}"
@@ -150,6 +157,8 @@ class TrainConfig:
             if extra:
                 raise ConfigError(f"{', '.join(extra)}: only for real networks, which need [data]")
             return
+        if self.distill.select_every:
+            raise ConfigError("distill.select_every: only the tiny world has a judge; set it to 0")
         if self.weights is None:
             raise ConfigError("missing weights: with [data], networks start from checkpoints")
         extra = [n for n in ("eval_clips", "teacher_guidance", "classifier") if getattr(self, n)]
@@ -188,7 +197,15 @@ class TrainConfig:
             classifier=self.classifier and replace(self.classifier, steps=12, batch=16),
             teacher=self.teacher and replace(self.teacher, steps=6, batch=4, warmup=2),
             init=self.init and replace(self.init, steps=4, batch=2, warmup=2),
-            distill=replace(self.distill, steps=4, batch=2, asd_warmup=1, ema_start=1),
+            distill=replace(
+                self.distill,
+                steps=4,
+                batch=2,
+                asd_warmup=1,
+                ema_start=1,
+                select_every=2 if self.distill.select_every else 0,
+                select_clips=4,
+            ),
         )
 
 

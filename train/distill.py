@@ -39,6 +39,7 @@ from train.scoring import (
     shake_penalty,
     teacher_gradient,
 )
+from train.selection import Selection
 from train.stage import Stage
 
 Figures = dict[str, list[Tensor]]
@@ -56,8 +57,10 @@ class DistillStage(Stage):
         data: Data,
         networks: Networks,
         parallel: Parallel = SINGLE,
+        selection: Selection | None = None,
     ) -> None:
         settings = config.distill
+        self.selection = selection
         self.config, self.seed, self.data, self.parallel = config, seed, data, parallel
         self.networks = networks
         self.steps = settings.steps
@@ -80,7 +83,14 @@ class DistillStage(Stage):
         self.replays = {number: Replay(self.clip, context) for number in parallel.shares}
 
     def step(self, index: int) -> dict[str, float]:
-        return self.parallel.average(self.advance(index))
+        figures = self.parallel.average(self.advance(index))
+        if self.selection is not None and self.selection.due(index + 1, self.steps):
+            figures |= self.selection.look(index + 1, self.ema.values)
+        return figures
+
+    def result(self) -> dict[str, Tensor]:
+        """The averaged student: the chosen one, or without a selection the last one."""
+        return self.ema.values if self.selection is None else self.selection.chosen
 
     def advance(self, index: int) -> dict[str, Tensor]:
         """Training step `index`; returns figures, means over this process's micro-batches."""
@@ -206,7 +216,9 @@ class DistillStage(Stage):
         return loss.detach()
 
     def state(self) -> dict[str, Any]:
+        chosen = {} if self.selection is None else {"selection": self.selection.state()}
         return {
+            **chosen,
             "networks": {k: m.state_dict() for k, m in self.trained.items()},
             "optimizers": {
                 k: optimizer_state(o, self.trained[k]) for k, o in self.optimizers.items()
@@ -222,6 +234,8 @@ class DistillStage(Stage):
         self.ema.values = state["ema"]
         for number, replay in self.replays.items():
             replay.load(state["replay"][str(number)])
+        if self.selection is not None:
+            self.selection.load(state["selection"])
 
 
 class _Pulls:

@@ -1,212 +1,210 @@
-"""Scores of clips against their prompts, by the classifier, with bootstrap intervals.
-
-Every row of a table is judged on the same prompts; every student row also starts from the same noise.
-"""
+"""`python -m train.evaluate`: scores of checkpoints and engines of the tiny world."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from itertools import pairwise
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
-from tqdm import tqdm
 
-from asd_rt.config import CacheConfig
-from asd_rt.schedule import MAX_STEPS, TRAIN_TIMESTEPS, Schedule
-from train.classifier import Classifier
-from train.codec import LinearCodec, VocabularyEncoder
-from train.losses import guided_x0, shifted_sigma
-from train.model import WanModel
-from train.precision import mixed_precision
-from train.rollout import rollout
-from train.tiny_world import DIRECTIONS, NEGATIVE_NAMES, TinyWorld, label_tokens
+from asd_rt import timing
+from asd_rt.errors import AsdError, ConfigError, OutputError
+from asd_rt.files import replacing
+from asd_rt.machine import usable_cores
+from asd_rt.schedule import MAX_STEPS
+from train.command_line import Parser
+from train.config import load_config
+from train.evaluation import EXPLANATION, Evaluation, Row, make_plans, markdown
+from train.judge import load_judge, shipped_recipe
+from train.pictures import contact_sheet
+from train.samplers import EngineSubject, open_subject, open_teacher
 
-BATCH = 64
-BOOTSTRAP = 1000
-ATTRIBUTES = ("digit", "colour", "direction")
+SHEET_CLIPS = 12
+log = logging.getLogger("train.evaluate")
+EXAMPLES = """examples:
+  python -m train.evaluate train/tiny_student --out out/evaluation
+      the shipped student at 1, 2, 3 and 4 steps, with and without First-Frame Enhancement, beside real clips
+  python -m train.evaluate runs/tiny/student --teacher runs/tiny/teacher --later --sheets
+      a run's student and its teacher; also frames 37-48 of longer videos; a contact sheet of each
+  python -m train.evaluate engines/asd_int8.onnx train/tiny_student --steps 1 --first-steps 4 --clips 1024
+      an engine, through its own text part and decoder, beside the student that it was built from
 
-
-@dataclass(frozen=True)
-class Score:
-    """Share of clips found right, with a 95 % bootstrap interval."""
-
-    value: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+evaluation.json and evaluation.md in --out are written anew after every row.
+"""
 
 
-def bootstrap(hits: NDArray[np.bool_], seed: int = 0) -> Score:
-    """Mean of `hits` [N] with the 2.5 and 97.5 percentiles of resampled means."""
-    draws = np.random.default_rng(seed).integers(0, len(hits), (BOOTSTRAP, len(hits)))
-    low, high = np.percentile(hits[draws].mean(axis=1), [2.5, 97.5])
-    return Score(float(hits.mean()), float(low), float(high))
+def _first(text: str) -> int | None:
+    if text == "same":
+        return None
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected `same` or a number of steps, found {text!r}")
+    return int(text)
 
 
-def frechet_distance(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
-    """|mu_a - mu_b|^2 + tr(A + B - 2 (A B)^1/2) of two feature sets [N, D]. Source: FID (Heusel et al.)."""
-    from scipy.linalg import sqrtm
+def make_parser() -> argparse.ArgumentParser:
+    """The command line of `python -m train.evaluate`."""
+    parser = Parser(
+        prog="python -m train.evaluate",
+        description="Judge checkpoints and engines of the tiny world on the same prompts and noise.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add(
+        "subjects",
+        nargs="*",
+        type=Path,
+        metavar="PATH",
+        help="a checkpoint, or an .onnx or .plan engine",
+    )
+    add("--teacher", type=Path, metavar="PATH", help="its checkpoint: an upper bound by many steps")
+    add("--teacher-steps", type=int, default=30, metavar="N", help="default 30")
+    add("--guidance", type=float, help="of the teacher (default: the recipe's)")
+    add("--steps", type=int, nargs="+", default=[1, 2, 3, 4], metavar="N", help="default 1 2 3 4")
+    add(
+        "--first-steps",
+        type=_first,
+        nargs="+",
+        default=[None, MAX_STEPS],
+        metavar="N",
+        help="of the first block; `same`: no First-Frame Enhancement (default: same 4)",
+    )
+    add("--clips", type=int, default=512, metavar="N", help="a row (default 512)")
+    add("--frames", type=int, metavar="N", help="of a clip (default: the recipe's)")
+    add(
+        "--later",
+        action="store_true",
+        help="judge also the last quarter of four times as long videos",
+    )
+    add("--seed", type=int, default=0, metavar="N", help="of prompts and noise (default 0)")
+    add("--config", type=Path, help="recipe of judge and teacher (default: the shipped one)")
+    add("--out", type=Path, default=Path("out/evaluation"), help="folder (default out/evaluation)")
+    add(
+        "--sheets",
+        action="store_true",
+        help=f"a picture of each subject: {SHEET_CLIPS} prompts as rows, a column for every plan",
+    )
+    add("--threads", type=int, default=0, metavar="N", help="CPU threads (default: usable cores)")
+    add("--debug", action="store_true", help="show the traceback of an error")
+    return parser
 
-    root = np.real(sqrtm(np.cov(a.T) @ np.cov(b.T)))
-    shift = a.mean(0) - b.mean(0)
-    return float(shift @ shift + np.trace(np.cov(a.T) + np.cov(b.T) - 2 * root))
+
+def _check(args: argparse.Namespace) -> None:
+    if not args.subjects and args.teacher is None:
+        raise ConfigError("nothing to judge: name a checkpoint or an engine, or a --teacher")
+    for flag, value, least in (
+        ("--clips", args.clips, 2),
+        ("--teacher-steps", args.teacher_steps, 1),
+        ("--seed", args.seed, 0),
+        ("--threads", args.threads, 0),
+    ):
+        if value < least:
+            raise ConfigError(f"{flag} must be a whole number >= {least}, found {value}")
+    for path in (*args.subjects, args.teacher):
+        if path is not None and not path.exists():
+            raise ConfigError(f"{path}: no such checkpoint or engine")
 
 
-@torch.no_grad()
-def judge(classifier: Classifier, frames: Tensor) -> tuple[Tensor, Tensor]:
-    """Frames [N, F, 3, 32, 32] -> (predicted labels int64 [N, 3], features [N, D])."""
-    classifier.eval()
-    labels, features = [], []
-    for part in frames.split(BATCH):
-        labels.append(torch.stack([x.argmax(1) for x in classifier(part)], dim=1))
-        features.append(classifier.features(part))
-    return torch.cat(labels), torch.cat(features)
+def evaluate(args: argparse.Namespace, command: str) -> list[Row]:
+    """Judge all that `args` name; the report in args.out is whole after every row.
 
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the score table."""
-
-    name: str
-    clips: int
-    digit: Score
-    colour: Score
-    direction: Score
-    all_right: Score
-    frechet: float
-
-
-def same_axes(found: Tensor, wanted: Tensor) -> Tensor:
-    """Whether directions [N] move along the same axes, whatever way round: bool [N]."""
-    axes = torch.tensor(list(DIRECTIONS.values())).abs()
-    return (axes[found] == axes[wanted]).all(dim=1)
-
-
-def score(
-    name: str,
-    classifier: Classifier,
-    frames: Tensor,
-    labels: Tensor,
-    reference: NDArray[np.float64],
-    later: bool = False,
-) -> Row:
-    """Judge clips against the `labels` [N, 3] they should show.
-
-    Args:
-        name: of the row.
-        classifier: the judge.
-        frames: [N, F, 3, 32, 32].
-        labels: digit, colour and direction that were asked for.
-        reference: features of real clips, [M, D].
-        later: clips from later in a video, where digits may have turned round: only the axes count.
+    Raises:
+        AsdError: impossible arguments, a subject that cannot be opened, a folder that cannot be written.
     """
-    found, features = judge(classifier, frames)
-    hits = (found == labels).numpy()
-    if later:
-        hits[:, 2] = same_axes(found[:, 2], labels[:, 2]).numpy()
-    single = [bootstrap(hits[:, i]) for i in range(3)]
-    distance = frechet_distance(features.double().numpy(), reference)
-    return Row(name, len(labels), *single, bootstrap(hits.all(axis=1)), distance)
+    _check(args)
+    plans = make_plans(args.steps, args.first_steps)
+    if not plans:
+        raise ConfigError(
+            "--steps and --first-steps: no plan gives the first block as many steps as the others"
+        )
+    config = shipped_recipe() if args.config is None else load_config(args.config)
+    frames = config.clip_frames if args.frames is None else args.frames
+    threads = args.threads or usable_cores()
+    torch.set_num_threads(threads)
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"--out {args.out}: cannot be made ({error.strerror})") from error
+    subjects = [open_subject(path, threads) for path in args.subjects]
+    guidance = config.teacher_guidance if args.guidance is None else args.guidance
+    teacher = None
+    if args.teacher is not None:
+        teacher = open_teacher(args.teacher, args.teacher_steps, guidance)
+    for one in (*subjects, *([] if teacher is None else [teacher])):
+        if frames < 2 or frames % one.block_frames:
+            raise ConfigError(
+                f"--frames must be a multiple of the {one.block_frames} frames of a block of {one.name}, "
+                f"and at least 2, found {frames}"
+            )
+    evaluation = Evaluation(load_judge(config), args.clips, frames, args.seed)
+    rows: list[Row] = []
+
+    def add(row: Row) -> None:
+        rows.append(row)
+        log.info("%s: total %s", row.title, row.scores.of("total").points())
+        _write(args, rows, command)
+
+    times = (False, True) if args.later else (False,)
+    for later in times:
+        add(evaluation.real(later))
+    if teacher is not None:
+        teacher.name = f"{teacher.name}, {args.teacher_steps} steps of the teacher"
+        row, shown = evaluation.subject(teacher, None)
+        add(row)
+        if args.sheets:
+            contact_sheet(shown[:SHEET_CLIPS], args.out / "teacher.png")
+    for number, one in enumerate(subjects, 1):
+        sheet = []
+        for later in times:
+            for plan in plans:
+                row, shown = evaluation.subject(one, plan, later)
+                add(row)
+                if not later:
+                    sheet.append(shown[:SHEET_CLIPS])
+        if args.sheets:
+            name = f"{number}-{Path(one.name).name}.png"
+            contact_sheet(torch.cat(sheet), args.out / name, columns=len(sheet))
+        if isinstance(one, EngineSubject):
+            one.close()
+    return rows
 
 
-def student_sampler(
-    model: WanModel,
-    cache: CacheConfig,
-    schedule: Schedule,
-    codec: LinearCodec,
-    text: VocabularyEncoder,
-    steps: int,
-    first_steps: int,
-) -> Callable[[Tensor, int, int], Tensor]:
-    """(labels [B, 3], frames, seed) -> decoded frames [B, F, 3, 32, 32]."""
-
-    @torch.no_grad()
-    def sample(labels: Tensor, frames: int, seed: int) -> Tensor:
-        config = model.config
-        generator = torch.Generator().manual_seed(seed)
-        noise = torch.randn(len(labels), frames, config.in_dim, 8, 8, generator=generator)
-        prompt = model.embed_prompt(text(label_tokens(labels, config.text_len)))
-        plan = [first_steps] + [steps] * (frames // cache.block_frames - 1)
-
-        def renoise(block: int, step: int, like: Tensor) -> Tensor:
-            fresh = torch.Generator().manual_seed((seed * 1009 + block) * 17 + step)
-            return torch.randn(like.shape, generator=fresh)
-
-        return codec.decode(rollout(model, cache, schedule, noise, prompt, plan, renoise).latents)
-
-    return sample
+def _write(args: argparse.Namespace, rows: Sequence[Row], command: str) -> None:
+    report = {
+        "format_version": 1,
+        "command": command,
+        "seed": args.seed,
+        "rows": [row.to_json() for row in rows],
+        "machine": timing.describe_machine(),
+    }
+    with replacing(args.out / "evaluation.json") as temporary:
+        temporary.write_text(json.dumps(report, indent=1) + "\n")
+    with replacing(args.out / "evaluation.md") as temporary:
+        temporary.write_text(f"# Evaluation\n\n{EXPLANATION}\n\n{markdown(rows)}\n`{command}`\n")
 
 
-def teacher_sampler(
-    model: WanModel,
-    codec: LinearCodec,
-    text: VocabularyEncoder,
-    steps: int,
-    guidance: float,
-    shift: float,
-) -> Callable[[Tensor, int, int], Tensor]:
-    """Euler sampling of whole clips from the bidirectional teacher, with classifier-free guidance."""
-
-    @torch.no_grad()
-    def sample(labels: Tensor, frames: int, seed: int) -> Tensor:
-        config = model.config
-        generator = torch.Generator().manual_seed(seed)
-        noise = torch.randn(len(labels), frames, config.in_dim, 8, 8, generator=generator)
-        named = torch.tensor([NEGATIVE_NAMES]).expand(len(labels), -1)
-        tokens = [label_tokens(labels, config.text_len, keep) for keep in (None, named)]
-        context = text(torch.cat(tokens))
-        sigmas = shifted_sigma(torch.linspace(1, 0, steps + 1), shift)
-        clip = noise
-        for now, after in pairwise(sigmas):
-            timesteps = torch.full((2 * len(labels), frames), TRAIN_TIMESTEPS * float(now))
-            with mixed_precision():
-                flow = model(torch.cat([clip, clip]), timesteps, context).float()
-            clip = clip + (after - now) * guided_x0(*flow.chunk(2), guidance)
-        return codec.decode(clip)
-
-    return sample
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    args = make_parser().parse_args(given)
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
+    try:
+        rows = evaluate(args, " ".join(["python -m train.evaluate", *given]))
+    except AsdError as error:
+        if args.debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; the report holds the rows that were done", file=sys.stderr)
+        return 130
+    print(markdown(rows))
+    return 0
 
 
-def sample_all(
-    sampler: Callable[[Tensor, int, int], Tensor], labels: Tensor, frames: int, name: str
-) -> Tensor:
-    """Sample a clip for every label, in batches with a progress bar; batch i uses seed i."""
-    parts = labels.split(BATCH)
-    bar = tqdm(parts, desc=name, unit="batch", leave=False)
-    return torch.cat([sampler(part, frames, 10_000 + i) for i, part in enumerate(bar)])
-
-
-def real_reference(
-    classifier: Classifier, codec: LinearCodec, clips: int, frames: int
-) -> NDArray[np.float64]:
-    """Features of real training clips after the codec: what a perfect generator would show."""
-    real = TinyWorld("train").draw(clips, frames, torch.Generator().manual_seed(77)).frames
-    return judge(classifier, codec.decode(codec.encode(real)))[1].double().numpy()
-
-
-STUDENT_PLANS = {
-    "student, 4 steps": (4, 4),
-    "student, 3 steps": (3, 3),
-    "student, 2 steps": (2, 2),
-    "student, 2* steps (FFE)": (2, MAX_STEPS),
-    "student, 1 step": (1, 1),
-    "student, 1* step (FFE)": (1, MAX_STEPS),
-}
-
-
-def markdown(rows: list[Row]) -> str:
-    """The score table."""
-    lines = [
-        "| clips | digit | colour | direction | all three right | Frechet distance |",
-        "|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        marks = " | ".join(str(x) for x in (row.digit, row.colour, row.direction, row.all_right))
-        lines.append(f"| {row.name} ({row.clips}) | {marks} | {row.frechet:.1f} |")
-    return "\n".join(lines) + "\n"
+if __name__ == "__main__":
+    sys.exit(main())

@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
+from asd_rt.files import replacing
+
 
 def contact_sheet(
     frames: Tensor, path: Path, every: int = 2, scale: int = 2, columns: int = 2
@@ -26,4 +28,6 @@ def contact_sheet(
             x = left + j * (width + gap)
             sheet[top : top + height, x : x + width] = frame
     image = Image.fromarray((sheet * 255).astype(np.uint8))
-    image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST).save(path)
+    image = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
+    with replacing(path) as temporary:
+        image.save(temporary, format="PNG")

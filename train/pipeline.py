@@ -1,12 +1,10 @@
-"""The stages of a run in order, each reading what the one before left in the run's folder."""
+"""The stages of a run in order, each reading what the one before handed on."""
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,36 +12,29 @@ import torch
 from torch import Tensor
 
 from asd_rt.errors import ConfigError, OutputError
+from asd_rt.plan import FixedPlan
 from asd_rt.schedule import MAX_STEPS, Schedule
 from train.causal_init import InitStage
-from train.checkpoint import Deployment, save_checkpoint
-from train.classifier import Classifier, ClassifierStage
 from train.codec import LinearCodec, VocabularyEncoder
 from train.config import TrainConfig, fingerprint
 from train.curves import CURVE, read_curve, write_page
 from train.distill import DistillStage
-from train.evaluate import (
-    STUDENT_PLANS,
-    Row,
-    markdown,
-    real_reference,
-    sample_all,
-    score,
-    student_sampler,
-    teacher_sampler,
-)
+from train.handover import Handover, check_pair, hand_on, take_up
+from train.judge import load_judge
 from train.model import WanModel
 from train.pictures import contact_sheet
+from train.samplers import Student, Teacher, frozen_network
 from train.scoring import start_networks
-from train.stage import Stage, load_torch, run_stage
+from train.selection import Selection, held_out_share
+from train.stage import Checkpoints, Stage, load_torch, run_stage
+from train.student_card import write_student
 from train.teacher import TeacherStage
-from train.tiny_data import LATENT_HW, TinyData
-from train.tiny_world import FPS, TinyWorld, random_labels, vocabulary
+from train.tiny_data import TinyData
+from train.tiny_world import TinyWorld, random_labels
 
 log = logging.getLogger(__name__)
-STAGES = ("classifier", "teacher", "init", "distill", "evaluate")
+STAGES = ("teacher", "init", "distill", "evaluate")
 TEACHER_STEPS = 30
-DISPLAY_SCALE = 8
 SHEET_PROMPTS = 12
 
 
@@ -55,6 +46,9 @@ def run(
     resume: bool,
     threads: int,
     command: str,
+    teacher: Path | None = None,
+    init: Path | None = None,
+    save_every_s: float = 60.0,
 ) -> None:
     """Run `stages` in their order.
 
@@ -66,9 +60,12 @@ def run(
         resume: go on with a run that `out` already holds.
         threads: CPU threads, 0 = usable cores.
         command: for the model card.
+        teacher: a finished one, as a run hands it on; its stage is not run.
+        init: a causal start of that teacher; its stage is not run.
+        save_every_s: seconds between checkpoints.
 
     Raises:
-        ConfigError: `out` holds a run and `resume` is not set, or a stage's input is missing.
+        ConfigError: `out` holds a run and `resume` is not set, or a stage's input is missing or does not fit.
         OutputError: `out` cannot be written.
     """
     torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
@@ -80,206 +77,176 @@ def run(
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"{out}: cannot be created ({error}); name another --out") from error
-    codec = LinearCodec(config.model.in_dim)
-    lost = codec.fit(TinyWorld("train"), seed)
-    log.info("codec: %d channels lose %.2f %% of the frames' variance", codec.channels, 100 * lost)
-    text = VocabularyEncoder(config.model.text_dim)
-    world = _World(config, out, seed, codec, text)
+    given = {
+        name: path for name, path in (("teacher", teacher), ("init", init)) if path is not None
+    }
+    world = World(config, out, seed, given)
     for name in STAGES:
-        if name not in stages:
+        if name not in stages or name in given:
             continue
         if name == "evaluate":
-            _evaluate(world, command)
+            write_student(world, command)
             continue
         stage = _make_stage(name, world)
-        preview = None if name == "classifier" else _previewer(world, stage)
-        run_stage(stage, out, fingerprint(config, seed, name), preview)
-        if name != "classifier":
-            _sheet(world, name, world.network(name), f"samples_{name}.png")
+        run_stage(stage, out, world.mark(name), _previewer(world, stage), save_every_s=save_every_s)
+        if name != "distill":
+            world.hand_on(name)
+        _sheet(world, name, world.averaged(name), f"samples_{name}.png")
     write_page(out, read_curve(out / CURVE), {})
 
 
-class _World:
-    """What all stages of a run share."""
+class World:
+    """What all stages of a run share.
+
+    Attributes:
+        config, out, seed: of the run.
+        codec: of a given teacher, else fitted to the world.
+        text: words as vectors.
+        schedule: of the student's steps.
+    """
 
     def __init__(
-        self, config: TrainConfig, out: Path, seed: int, codec: LinearCodec, text: VocabularyEncoder
+        self, config: TrainConfig, out: Path, seed: int, given: dict[str, Path] | None = None
     ) -> None:
-        self.config, self.out, self.seed, self.codec, self.text = config, out, seed, codec, text
+        """Take up the networks `given` (stage -> folder) and fit a codec where none comes with them."""
+        self.config, self.out, self.seed = config, out, seed
+        self.text = VocabularyEncoder(config.model.text_dim)
         self.schedule = Schedule(config.timestep_shift)
+        given = given or {}
+        self._given = {name: take_up(path, name, config) for name, path in given.items()}
+        if len(self._given) == 2:
+            check_pair(self._given["teacher"], self._given["init"])
+        if self._given:
+            self.codec = next(iter(self._given.values())).codec
+            return
+        self.codec = LinearCodec(config.model.in_dim)
+        lost = self.codec.fit(TinyWorld("train"), seed)
+        log.info(
+            "codec: %d channels lose %.2f %% of the frames' variance",
+            self.codec.channels,
+            100 * lost,
+        )
 
-    def finished(self, stage: str, key: str) -> dict[str, Any]:
-        """Part `key` of a finished stage's state."""
-        path = self.out / f"{stage}.pt"
-        if not path.exists():
-            raise ConfigError(f"{path}: missing; run the stage {stage} first (--stages {stage})")
-        saved = load_torch(path)
-        if saved["fingerprint"] != fingerprint(self.config, self.seed, stage):
+    def mark(self, stage: str) -> str:
+        """Fingerprint of all that the result of `stage` depends on, given networks included."""
+        marks = [fingerprint(self.config, self.seed, stage)]
+        return "-".join([*marks, *(found.sha256[:12] for found in self._given.values())])
+
+    def averaged(self, stage: str) -> dict[str, Tensor]:
+        """The averaged network of a finished stage, from its own file in the run's folder.
+
+        Raises:
+            ConfigError: the stage is not finished, or is of another configuration.
+        """
+        checkpoints = Checkpoints(self.out, stage, sharded=False)
+        saved = load_torch(
+            checkpoints.finished(self.mark(stage), getattr(self.config, stage).steps)
+        )
+        state: dict[str, Any] = saved["stage"]
+        chosen: dict[str, Tensor] = state.get("selection", {}).get("weights") or state["ema"]
+        return chosen
+
+    def hand_on(self, stage: str) -> None:
+        """Write the averaged network of finished stage `stage` to OUT/`stage`."""
+        origin = {
+            "stage": stage,
+            "steps": getattr(self.config, stage).steps,
+            "seed": self.seed,
+            "fingerprint": self.mark(stage),
+        }
+        if stage == "init":
+            origin["teacher_sha256"] = self.handed("teacher").sha256
+        hand_on(self.out / stage, self.config, self.averaged(stage), self.codec, origin)
+
+    def handed(self, stage: str) -> Handover:
+        """What `stage` handed on: a given network, or that in OUT/`stage`.
+
+        Raises:
+            ConfigError: the stage is not finished, or is of another configuration.
+        """
+        if stage in self._given:
+            return self._given[stage]
+        folder = self.out / stage
+        if not folder.exists():
+            self.hand_on(stage)
+        found = take_up(folder, stage, self.config)
+        if found.origin.get("fingerprint") != self.mark(stage):
             raise ConfigError(
-                f"{path}: made with another configuration or seed; delete it to train it again"
+                f"{folder}: made with another configuration or seed; delete it to write it again, or give "
+                f"it as --{stage}"
             )
-        total = getattr(self.config, stage).steps
-        if saved["step"] < total:
-            raise ConfigError(
-                f"{path}: only {saved['step']} of {total} steps are done; "
-                f"run again with --resume --stages {stage} first"
-            )
-        values: dict[str, Any] = saved["stage"][key]
-        return values
+        return found
 
-    def network(self, stage: str) -> WanModel:
-        """The averaged network of a finished stage, for sampling."""
-        model = WanModel(self.config.model)
-        model.load_state_dict(self.finished(stage, "ema"))
-        return model.eval().requires_grad_(False)
+    def student(self, name: str, weights: dict[str, Tensor]) -> Student:
+        """A causal student with these weights, to sample from."""
+        config = self.config
+        model = frozen_network(config.model, weights)
+        return Student(name, model, config.cache, self.schedule, self.codec, self.text)
+
+    def teacher(self, weights: dict[str, Tensor]) -> Teacher:
+        """The teacher with these weights, to sample from."""
+        config = self.config
+        return Teacher(
+            f"teacher, {TEACHER_STEPS} steps",
+            frozen_network(config.model, weights),
+            self.codec,
+            self.text,
+            TEACHER_STEPS,
+            config.teacher_guidance,
+            config.timestep_shift,
+            config.cache.block_frames,
+        )
 
 
-def _make_stage(name: str, world: _World) -> Stage:
+def _make_stage(name: str, world: World) -> Stage:
     config, seed = world.config, world.seed
-    if name == "classifier":
-        return ClassifierStage(config, seed, world.codec)
     data = TinyData(config, world.codec, world.text)
     if name == "teacher":
         torch.manual_seed(seed)
         return TeacherStage(config, seed, data, WanModel(config.model))
-    teacher = world.finished("teacher", "ema")
+    teacher = world.handed("teacher").weights
     if name == "init":
         network = WanModel(config.model)
         network.load_state_dict(teacher)
         return InitStage(config, seed, data, network)
-    networks = start_networks(config.model, seed, teacher, world.finished("init", "ema"))
-    return DistillStage(config, seed, data, networks)
+    networks = start_networks(config.model, seed, teacher, world.handed("init").weights)
+    return DistillStage(config, seed, data, networks, selection=_selection(world))
 
 
-def _previewer(world: _World, stage: Stage) -> Callable[[int], None]:
+def _selection(world: World) -> Selection | None:
+    config = world.config
+    settings = config.distill
+    if not settings.select_every:
+        return None
+    evaluate = held_out_share(
+        load_judge(config),
+        config.model,
+        config.cache,
+        world.schedule,
+        world.codec,
+        world.text,
+        settings.select_clips,
+        config.clip_frames,
+    )
+    return Selection(settings.select_every, settings.select_clips, evaluate)
+
+
+def _previewer(world: World, stage: Stage) -> Callable[[int], None]:
     """Pictures of the averaged network as it is: samples_<stage>_at_<steps>.png."""
 
     def preview(done: int) -> None:
-        model = WanModel(world.config.model)
-        model.load_state_dict(stage.state()["ema"])
         file = f"samples_{stage.name}_at_{done:05d}.png"
-        _sheet(world, stage.name, model.eval().requires_grad_(False), file)
+        _sheet(world, stage.name, stage.state()["ema"], file)
 
     return preview
 
 
-def _sheet(world: _World, stage: str, model: WanModel, file: str) -> None:
+def _sheet(world: World, stage: str, weights: dict[str, Tensor], file: str) -> None:
     """The same prompts after each stage."""
     labels = random_labels(SHEET_PROMPTS, torch.Generator().manual_seed(5))
+    frames, plan = world.config.clip_frames, FixedPlan(1, MAX_STEPS)
     if stage == "teacher":
-        sampler = _teacher(world, model)
-        frames = sampler(labels, world.config.clip_frames, 1)
+        clips = world.teacher(weights).sample(labels, frames, plan, 1)
     else:
-        sampler = _student(world, model, 1, MAX_STEPS)
-        frames = sampler(labels, 2 * world.config.clip_frames, 1)
-    contact_sheet(frames, world.out / file)
-
-
-def _teacher(world: _World, model: WanModel) -> Any:
-    config = world.config
-    return teacher_sampler(
-        model,
-        world.codec,
-        world.text,
-        TEACHER_STEPS,
-        config.teacher_guidance,
-        config.timestep_shift,
-    )
-
-
-def _student(world: _World, model: WanModel, steps: int, first_steps: int) -> Any:
-    return student_sampler(
-        model, world.config.cache, world.schedule, world.codec, world.text, steps, first_steps
-    )
-
-
-def evaluation_rows(world: _World, student: WanModel) -> list[Row]:
-    """Scores of held-out real clips, the teacher, and the student at every plan."""
-    config = world.config
-    frames, count = config.clip_frames, config.eval_clips
-    classifier = Classifier()
-    classifier.load_state_dict(world.finished("classifier", "model"))
-    reference = real_reference(classifier, world.codec, 2 * count, frames)
-    labels = random_labels(count, torch.Generator().manual_seed(4242))
-    real = TinyWorld("test").draw(count, frames, torch.Generator().manual_seed(4243), labels).frames
-    late = torch.full((count,), 3 * frames)
-    old = TinyWorld("test").draw(count, frames, torch.Generator().manual_seed(4243), labels, late)
-    rows = [
-        score("real, held-out glyphs", classifier, real, labels, reference),
-        score("real, frames 37-48", classifier, old.frames, labels, reference, later=True),
-    ]
-
-    def add(name: str, sampler: Any, length: int = frames) -> None:
-        clips: Tensor = sample_all(sampler, labels, length, name)[:, -frames:]
-        rows.append(score(name, classifier, clips, labels, reference, length > frames))
-        log.info("%s: all three right %s", name, rows[-1].all_right)
-
-    teacher = _teacher(world, world.network("teacher"))
-    add(f"teacher, {TEACHER_STEPS} steps", teacher)
-    add("causal start, 4 steps", _student(world, world.network("init"), 4, 4))
-    add("causal start, 1* step (FFE)", _student(world, world.network("init"), 1, MAX_STEPS))
-    for name, (steps, first_steps) in STUDENT_PLANS.items():
-        add(name, _student(world, student, steps, first_steps))
-    add("student, 1* step (FFE), frames 37-48", _student(world, student, 1, MAX_STEPS), 4 * frames)
-    return rows
-
-
-def _evaluate(world: _World, command: str) -> None:
-    """Round the student as it will be stored, score it, and write it with its model card."""
-    config = world.config
-    ema: dict[str, Tensor] = world.finished("distill", "ema")
-    rounded = {name: value.half().float() for name, value in ema.items()}
-    student = WanModel(config.model)
-    student.load_state_dict(rounded)
-    rows = evaluation_rows(world, student.eval().requires_grad_(False))
-    folder = world.out / "student"
-    save_checkpoint(
-        folder,
-        config.model,
-        rounded,
-        Deployment(
-            block_frames=config.cache.block_frames,
-            window_frames=config.cache.window_frames,
-            sink_frames=config.cache.sink_frames,
-            timestep_shift=config.timestep_shift,
-            latent_hw=LATENT_HW,
-            fps=FPS,
-            display_scale=DISPLAY_SCALE,
-            words=vocabulary(),
-        ),
-        world.codec,
-        world.text.table,
-        half=True,
-    )
-    scores = {"command": command, "seed": world.seed, "rows": [asdict(row) for row in rows]}
-    (world.out / "scores.json").write_text(json.dumps(scores, indent=1) + "\n")
-    (folder / "README.md").write_text(_model_card(world, rows, command))
-
-
-def _model_card(world: _World, rows: list[Row], command: str) -> str:
-    config = world.config
-    size = sum(p.numel() for p in WanModel(config.model).parameters())
-    return f"""# {config.name}: a causal student of the tiny world
-
-One coloured handwritten digit moving through a framed 32x32 arena, 16 frames a second, trailing a dim
-glow. It sets out in the direction of the prompt and bounces off the frame. One set of weights serves 1, 2, 3
-and 4 denoising steps.
-
-- Network: Wan2.1 architecture, {size / 1e6:.2f} M parameters, dim {config.model.dim},
-  {config.model.num_layers} layers, stored as float16.
-- Blocks of {config.cache.block_frames} latent frames; window {config.cache.window_frames}, sink
-  {config.cache.sink_frames}.
-- Prompts: a colour, a digit and a direction in plain English, any of them left out if you like;
-  deployment.json lists the words.
-- Trained on scikit-learn's bundled digits (UCI optical recognition of handwritten digits), every sixth
-  glyph held out.
-- Command: `{command}`
-
-## Scores
-Judged by an independent classifier trained on real clips, which sees the digit without its trail; the same
-{rows[0].clips} prompts for every row, the same noise for every student row; 95 % bootstrap intervals.
-Frechet distance is on the classifier's appearance features (lower is better). `*` is First-Frame
-Enhancement: the first block gets 4 steps. In frames 37-48 a digit may have turned round: there only the
-axes of its motion count.
-
-{markdown(rows)}"""
+        clips = world.student(stage, weights).sample(labels, 2 * frames, plan, 1)
+    contact_sheet(clips, world.out / file)

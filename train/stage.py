@@ -153,7 +153,9 @@ def run_stage(
     fingerprint: str,
     preview: Callable[[int], None] | None = None,
     sharded: bool = False,
-) -> None:
+    save_every_s: float | None = None,
+    stop: Callable[[], bool] | None = None,
+) -> bool:
     """Run `stage` to its end, resuming from its newest checkpoint in `run_dir` where there is one.
 
     Args:
@@ -162,6 +164,11 @@ def run_stage(
         fingerprint: hash of configuration and seed; a checkpoint of another one is refused.
         preview: called with the steps done every few minutes, to show what the stage can do.
         sharded: keep checkpoints in shards, as more than one process needs it.
+        save_every_s: seconds between checkpoints; None = as `stage.parallel` says.
+        stop: asked after every step whether to save and leave off.
+
+    Returns:
+        whether the stage is at its end.
     """
     parallel, checkpoints, start = stage.parallel, Checkpoints(run_dir, stage.name, sharded), 0
     found = checkpoints.latest()
@@ -176,7 +183,9 @@ def run_stage(
         if start < stage.steps and parallel.first:
             log.info("%s: resumed at step %d of %d", stage.name, start, stage.steps)
     if start >= stage.steps:
-        return
+        return True
+    if save_every_s is None:
+        save_every_s = 60 * parallel.settings.save_minutes
 
     last_save = last_preview = time.monotonic()
     with ExitStack() as stack:
@@ -195,9 +204,10 @@ def run_stage(
         )
 
         def save(done: int) -> None:
-            checkpoints.save(fingerprint, done, stage.state(), parallel)
+            # Curves first: resuming drops records past its checkpoint, and cannot bring back missing ones.
             if curves is not None:
                 curves.flush()
+            checkpoints.save(fingerprint, done, stage.state(), parallel)
 
         for index in range(start, stage.steps):
             began = time.perf_counter()
@@ -217,7 +227,11 @@ def run_stage(
             if preview is not None and time.monotonic() - last_preview > PREVIEW_EVERY_S:
                 preview(index + 1)
                 last_preview = time.monotonic()
-            if parallel.agree(time.monotonic() - last_save > 60 * parallel.settings.save_minutes):
+            if stop is not None and index + 1 < stage.steps and parallel.agree(stop()):
+                save(index + 1)
+                return False
+            if parallel.agree(time.monotonic() - last_save > save_every_s):
                 save(index + 1)
                 last_save = time.monotonic()
         save(stage.steps)
+    return True

@@ -7,11 +7,10 @@ from torch import Tensor
 
 from asd_rt.config import CacheConfig
 from asd_rt.errors import ConfigError
-from train.codec import PATCH, LinearCodec, VocabularyEncoder
+from train.codec import LATENT_HW, LinearCodec, VocabularyEncoder
 from train.config import TrainConfig
 from train.data import Batch, Contexts, Data
 from train.tiny_world import (
-    CANVAS,
     NEGATIVE_NAMES,
     PERIOD,
     Clips,
@@ -19,8 +18,6 @@ from train.tiny_world import (
     label_tokens,
     random_labels,
 )
-
-LATENT_HW = (CANVAS // PATCH, CANVAS // PATCH)
 
 
 def prompt_tokens(

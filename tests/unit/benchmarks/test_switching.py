@@ -13,9 +13,9 @@ import torch
 import asd_rt
 import train
 from benchmarks import drift, switching
-from benchmarks.judge import load_judge
+from benchmarks.judge import shipped_judge
 from train.config import load_config
-from train.evaluate import same_axes
+from train.judge import same_axes
 
 TINY = str(Path(asd_rt.__file__).parent / "engine" / "asd_fp32.onnx")
 
@@ -27,7 +27,7 @@ def hasty(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     config = load_config(Path(next(iter(train.__path__))) / "configs" / "tiny.toml")
     config = replace(config, classifier=replace(config.classifier, steps=2))
     for module in (switching, drift):
-        monkeypatch.setattr(module, "load_judge", lambda: load_judge(config))
+        monkeypatch.setattr(module, "shipped_judge", lambda: shipped_judge(config))
 
 
 def test_blocks_until_something_shows_twice_in_a_row() -> None:

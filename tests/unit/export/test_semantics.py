@@ -14,11 +14,12 @@ from asd_rt.backends.base import open_backend
 from asd_rt.engines import PACKAGED_DIR
 from export.build import default_checkpoint
 from export.reference import TorchEngine
-from export.samples import is_tiny_world
-from export.semantics import CLIP, FRAMES, Marks, compare, show, trained_judge
+from export.semantics import CLIP, FRAMES, Marks, compare, show
 from train.checkpoint import Checkpoint, load_checkpoint
 from train.classifier import Classifier, ClassifierStage
+from train.codec import is_tiny_world
 from train.config import load_config
+from train.judge import Judge, load_judge
 from train.tiny_world import TinyWorld, random_labels
 
 CLIPS = FRAMES // CLIP
@@ -30,18 +31,18 @@ def tiny() -> Checkpoint:
 
 
 @pytest.fixture(scope="module")
-def judge(tiny: Checkpoint) -> Iterator[Classifier]:
+def judge() -> Iterator[Judge]:
     """A judge of few steps: it answers, though not well."""
     config = load_config(Path(next(iter(train.__path__))) / "configs" / "tiny.toml").smoke()
     before = torch.random.get_rng_state()
-    made = trained_judge(tiny.codec, config)
+    made = load_judge(config)
     assert torch.equal(torch.random.get_rng_state(), before)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ClassifierStage, "step", None)  # it is not trained again
-        again = trained_judge(tiny.codec, config)
+        again = load_judge(config)
         yield made
-    for name, value in made.state_dict().items():
-        assert torch.equal(value, again.state_dict()[name])
+    for name, value in made.classifier.state_dict().items():
+        assert torch.equal(value, again.classifier.state_dict()[name])
 
 
 def test_only_the_tiny_world_has_a_judge(tiny: Checkpoint, student: Path) -> None:
@@ -49,7 +50,7 @@ def test_only_the_tiny_world_has_a_judge(tiny: Checkpoint, student: Path) -> Non
     assert not is_tiny_world(load_checkpoint(student))
 
 
-def test_an_engine_and_torch_are_judged_alike(tiny: Checkpoint, judge: Classifier) -> None:
+def test_an_engine_and_torch_are_judged_alike(tiny: Checkpoint, judge: Judge) -> None:
     engine = open_backend(PACKAGED_DIR / "asd_fp32.onnx", 1)
     found = show(engine, tiny, judge, 2, "engine")
     expected = show(TorchEngine(tiny, engine.manifest), tiny, judge, 2, "torch")
@@ -74,7 +75,7 @@ def test_differences_are_in_points_over_the_same_prompts() -> None:
     assert told["engine"]["all_right_last_frames"] == 1
 
 
-def test_a_digit_that_turned_round_is_right_later_on() -> None:
+def test_a_digit_that_turned_round_is_right_later_on(tiny: Checkpoint) -> None:
     from export.semantics import _mark
 
     labels = random_labels(3, torch.Generator().manual_seed(0))
@@ -92,7 +93,7 @@ def test_a_digit_that_turned_round_is_right_later_on() -> None:
                 for i, head in enumerate(heads)
             )
 
-    marks = _mark(Opposite(), frames.repeat(1, CLIPS, 1, 1, 1), labels)
+    marks = _mark(Judge(Opposite(), tiny.codec), frames.repeat(1, CLIPS, 1, 1, 1), labels)
     assert marks[:, :, :2].all()
     assert not marks[:, 0, 2].any() and marks[:, 1:, 2].all()
 

@@ -38,6 +38,7 @@ def test_the_shipped_configuration_loads() -> None:
         ("num_heads = 4", "num_heads = 7", "not a multiple of num_heads"),
         ("[teacher]", "[teacher", "cannot be read as TOML"),
         ("step_weights = [", "step_weights = [1.0, ", "must be 4 numbers"),
+        ("select_every = 50", "select_every = -1", "select_every must be >= 0"),
     ],
 )
 def test_bad_configurations_are_one_clear_error(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -172,3 +173,32 @@ def test_a_distillation_step_trains_every_weight(config: TrainConfig) -> None:
         for name, state in stage.state()["optimizers"]["critic"].items():
             assert state["step"] == (index + 1) * config.distill.critic_updates, name
     assert all(p.grad is None for p in stage.networks.teacher.parameters())
+
+
+def test_a_stage_that_is_told_to_stop_saves_and_goes_on(tmp_path: Path) -> None:
+    first = Counter()
+    assert not run_stage(first, tmp_path, "a", stop=lambda: first.count == 2)
+    second = Counter()
+    assert run_stage(
+        second, tmp_path, "a", stop=lambda: second.count == 5
+    )  # nothing is left to stop
+    assert second.count == 5
+    lines = [json.loads(line) for line in (tmp_path / "curve.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 1, 2, 3, 4]
+
+
+def test_the_curve_is_on_disk_before_its_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A crash between the two then leaves records too many, which resuming drops, and no gap."""
+    import train.stage
+
+    seen = []
+
+    def look(state: dict[str, Any], path: Path) -> None:
+        seen.append((state["step"], len((tmp_path / "curve.jsonl").read_text().splitlines())))
+        save_torch(state, path)
+
+    monkeypatch.setattr(train.stage, "save_torch", look)
+    run_stage(Counter(), tmp_path, "a", save_every_s=0)
+    assert seen == [(1, 1), (2, 2), (3, 3), (4, 4), (5, 5), (5, 5)]
