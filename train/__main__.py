@@ -18,7 +18,7 @@ EXAMPLES = """examples:
   python -m train --config train/configs/tiny.toml --out runs/tiny --resume
       go on after an interruption; finished stages are not repeated
   python -m train --config train/configs/tiny.toml --out runs/smoke --smoke
-      every stage for a few steps, under 3 minutes: does it run?
+      every stage for a few steps, some minutes: does it run?
   python -m train --config train/configs/tiny.toml --out runs/tiny --resume --stages evaluate
       score again
   python -m train --config train/configs/tiny.toml --out runs/b --teacher runs/tiny/teacher --init runs/tiny/init
