@@ -167,7 +167,7 @@ def save_plot(report: dict[str, Any], path: Path) -> None:
         for colour, (name, rows) in zip(COLOURS * 9, report["policies"].items(), strict=False):
             at = [row["at"] for row in rows]
             axis.plot(at, [row[key] for row in rows], color=colour, label=name, linewidth=1.4)
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(0, 1.08 * max(axis.get_ylim()[1], 1e-9))  # flat lines stay below the frame
         axis.set_xlabel("block", color=SOFT_INK)
         axis.set_title(label, loc="left", color=INK, fontsize=10)
         axis.grid(color=GRID)
