@@ -56,7 +56,10 @@ demo: $(DEMO_READY) $(ENGINE_READY)
 # One process a core, one thread each: most of the time goes into exports, which use one. Files are begun
 # in the order of tests/conftest.py, long ones first, not by how many tests they have.
 test: $(ALL_READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+	$(PYTEST) -m 'not long' $(PYTEST_ARGS)
+
+test-long: $(ALL_READY)
+	$(PYTEST) -m long $(PYTEST_ARGS)
 
 lint: $(ALL_READY)
 	$(BIN)/ruff check .

@@ -92,7 +92,7 @@ def test_a_streaming_codec(words: list[str], vae: Path) -> None:
     assert {file.name: file.stat().st_mtime_ns for file in folder.iterdir()} == before
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_codec_of_wan(words: list[str], tmp_path: Path) -> None:
     """Four parts with attention and 32 caches; a minute on an idle core."""
     diffusers = pytest.importorskip("diffusers")

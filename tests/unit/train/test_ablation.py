@@ -88,7 +88,7 @@ def test_all_cells_of_two_seeds(run: Run, tmp_path: Path, slow_asd: None, capsys
     assert "30 of 30 cells done; about 0 min left" in capsys.readouterr().out
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_sittings_end_where_an_uninterrupted_run_does(
     run: Run, tmp_path: Path, slow_asd: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

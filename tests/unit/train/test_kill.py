@@ -68,7 +68,7 @@ def same(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_killed_run_goes_on_as_if_nothing_had_been(root: Path, tmp_path: Path) -> None:
     """Longer than most tests: four processes, each of which imports torch, and 400 steps."""
     toml = toy_toml(tmp_path, **STEPS)
