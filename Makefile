@@ -1,7 +1,8 @@
 # asd-rt: `make demo` and `make test` need Python 3.11 or newer and nothing else.
 #
 #   make demo     build the engine, stream a video from it, measure it: see out/
-#   make test     all tests              make lint     style and import rules
+#   make test     the tests              make lint     style and import rules
+#   make test-long  those that take minutes each: killed runs, long sittings, a large codec
 #   make types    mypy                   make format   let ruff tidy up
 #   make engine   the engine inside the package (asd_rt/engine), from the shipped student
 #   make clean    what was built         make distclean   that, and .venv
@@ -24,7 +25,7 @@ ENGINE_READY := engines/.ready
 ENGINE_SOURCES := $(wildcard export/*.py train/*.py train/*/*.py asd_rt/*.py train/tiny_student/*)
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint types format engine clean distclean
+.PHONY: help demo test test-long lint types format engine clean distclean
 
 help:
 	@sed -n '/^#   make/s/^#   //p' Makefile
@@ -55,6 +56,8 @@ demo: $(DEMO_READY) $(ENGINE_READY)
 
 # One process a core, one thread each: most of the time goes into exports, which use one. Files are begun
 # in the order of tests/conftest.py, long ones first, not by how many tests they have.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+
 test: $(ALL_READY)
 	$(PYTEST) -m 'not long' $(PYTEST_ARGS)
 
