@@ -38,6 +38,7 @@ class Seat:
         video: what is watched.
         prompt, prompts: the newest prompt, and how many there were after the first.
         paused: whether the client wants it so.
+        recording: whether the client has asked for it, and it has not ended.
         recorded: the newest clip of it, told again to who comes back.
         ending: it is over when the block that is being made is.
         gone: set when its place is free.
@@ -52,6 +53,7 @@ class Seat:
         self.video: LiveVideo | None = None
         self.prompt, self.prompts = "", 0
         self.paused = False
+        self.recording = False
         self.recorded: str | None = None
         self.ending = False
         self.gone = asyncio.Event()
@@ -67,7 +69,7 @@ class Seat:
     def tell(self, event: dict[str, Any]) -> None:
         """Take an event."""
         if event["type"] == "recorded":
-            self.recorded = event["id"]
+            self.recorded, self.recording = event["id"], False
         self.outbox.event(event)
 
 

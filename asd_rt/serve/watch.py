@@ -245,6 +245,8 @@ class Watcher:
         if message.type in ("pause", "resume"):
             seat.paused = message.type == "pause"
             self._outbox.forget()
+        if message.type in ("record", "save"):
+            seat.recording = message.type == "record"
         if message.type == "set":
             video.change(message.settings, message.given)
         elif message.type == "reset":
@@ -333,4 +335,5 @@ class Watcher:
             )
         self._seat = seat
         told = {"type": "continued", "prompt": seat.prompt, "prompt_id": seat.prompts}
-        self._outbox.event(told | {"session": seat.id, "recorded": seat.recorded})
+        told |= {"session": seat.id, "recording": seat.recording, "recorded": seat.recorded}
+        self._outbox.event(told)

@@ -198,7 +198,11 @@ function goesOn(event) {
   mark(event.prompt);
   send({ type: "set", steps: steps(), deadline_ms: deadline(), fps: Number($("pace").value) });
   if (event.prompt !== live.prompt) askForPrompt();
-  if (live.saving && event.recorded && event.recorded !== live.clip) download(event.recorded);
+  const clip = event.recorded && event.recorded !== live.clip ? event.recorded : null;
+  if (live.saving && clip) download(clip);
+  // What was said as the connection broke may not have arrived.
+  else if (live.saving && event.recording) send({ type: "save" });
+  else if (live.recording && !event.recording && !clip) send({ type: "record" });
   if (live.paused) setState("paused", "Paused");
   enable();
   hide();

@@ -196,6 +196,7 @@ def test_who_loses_the_connection_goes_on_with_the_video(server: Server) -> None
             await back.send(say(type="continue", session=session))
             told = await event(back, "continued")
             assert (told["prompt"], told["prompt_id"]) == ("a blue seven", 1)
+            assert told["recording"] is True and told["recorded"] is None
             first, *_ = await blocks(back, 3)
             assert last < first[0]["block"] <= last + 4, "it was not played for nobody"
             assert first[0]["prompt_id"] == 1
@@ -205,7 +206,8 @@ def test_who_loses_the_connection_goes_on_with_the_video(server: Server) -> None
             # Another connection may take it over, as after a change of networks.
             async with await open_socket(server) as taker:
                 await taker.send(say(type="continue", session=session))
-                assert (await event(taker, "continued"))["recorded"] == recorded["id"]
+                told = await event(taker, "continued")
+                assert told["recording"] is False and told["recorded"] == recorded["id"]
                 await blocks(taker, 2)
                 with pytest.raises(ConnectionClosed) as closed:
                     while True:

@@ -143,10 +143,14 @@ def test_lose_and_regain_the_connection(page: Any) -> None:
 
 
 class Relay:
-    """A TCP relay to a server, whose connections can be cut."""
+    """A TCP relay to a server, whose connections can be cut.
+
+    Attributes:
+        deaf: what clients send is lost.
+    """
 
     def __init__(self, port: int) -> None:
-        self._target = port
+        self._target, self.deaf = port, False
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
         self._links: list[socket.socket] = []
@@ -159,13 +163,14 @@ class Relay:
                 server = socket.create_connection(("127.0.0.1", self._target))
                 self._links += [client, server]
                 for source, target in ((client, server), (server, client)):
-                    Thread(target=self._pump, args=(source, target), daemon=True).start()
+                    said = source is client
+                    Thread(target=self._pump, args=(source, target, said), daemon=True).start()
 
-    @staticmethod
-    def _pump(source: socket.socket, target: socket.socket) -> None:
+    def _pump(self, source: socket.socket, target: socket.socket, said: bool) -> None:
         with suppress(OSError):
             while data := source.recv(1 << 16):
-                target.sendall(data)
+                if not (said and self.deaf):
+                    target.sendall(data)
             target.shutdown(socket.SHUT_WR)
 
     def cut(self) -> None:
@@ -182,24 +187,36 @@ class Relay:
         self.cut()
 
 
+@pytest.mark.parametrize("lost", ["nothing", "record", "save"])
 def test_the_video_goes_on_when_the_connection_is_back(
-    page: Any, server: Server, tmp_path: Path
+    page: Any, server: Server, tmp_path: Path, lost: str
 ) -> None:
+    """Also where it breaks just as the user asks for something."""
     with closing(Relay(server.port)) as relay:
         play(page, relay.url, "a blue seven")
         until(page, BLUE)
         sent: list[str] = []
         page.on("websocket", lambda s: s.on("framesent", lambda data: sent.append(str(data))))
+        relay.deaf = lost == "record"
         page.click("#record")
-        relay.cut()
-        page.wait_for_selector("[data-state=waiting]")
-        page.wait_for_selector("[data-state=live]")
-        assert [m for m in sent if '"continue"' in m], "the video it had"
-        assert not [m for m in sent if '"start"' in m], "no new one"
-        assert page.is_visible("#recording")
         with page.expect_download() as download:
-            page.click("#record")
+            if lost == "save":
+                page.wait_for_timeout(500)
+                relay.deaf = True
+                page.click("#record")
+            page.wait_for_timeout(100)  # for what is not to be lost to arrive
+            relay.cut()
+            relay.deaf = False
+            page.wait_for_selector("[data-state=waiting]")
+            page.wait_for_selector("[data-state=live]")
+            assert [m for m in sent if '"continue"' in m], "the video it had"
+            assert not [m for m in sent if '"start"' in m], "no new one"
+            if lost != "save":
+                assert page.is_visible("#recording")
+                page.wait_for_timeout(500)
+                page.click("#record")
         download.value.save_as(tmp_path / "clip.mp4")
+        page.goto("about:blank")  # says goodbye
 
 
 def test_a_locked_server_asks_for_its_token(page: Any) -> None:
