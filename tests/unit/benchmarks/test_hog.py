@@ -44,7 +44,6 @@ def test_the_deadline_leaves_room_for_all_steps() -> None:
     with asd_rt.open() as session:
         deadline_ms = spare_deadline_ms(session)
         taken = [
-            block.block_ms
-            for block in session.generate(any_prompt(session), frames=36, steps=4)
+            block.block_ms for block in session.generate(any_prompt(session), frames=36, steps=4)
         ]
     assert deadline_ms > min(taken)
