@@ -2,7 +2,7 @@
 #
 #   make demo     build the engine, stream a video from it, measure it: see out/
 #   make test     the tests              make lint     style and import rules
-#   make test-long  those that take minutes each: killed runs, long sittings, a large codec
+#   make test-long  those that take minutes each: killed runs, long sittings, memory of large networks
 #   make types    mypy                   make format   let ruff tidy up
 #   make engine   the engine inside the package (asd_rt/engine), from the shipped student
 #   make clean    what was built         make distclean   that, and .venv

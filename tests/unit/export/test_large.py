@@ -151,6 +151,7 @@ print(*export(1536, 2))
 """
 
 
+@pytest.mark.long
 def test_export_holds_no_second_copy_of_the_weights(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", EXPORT, str(tmp_path / "weights")],

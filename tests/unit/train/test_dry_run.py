@@ -40,6 +40,7 @@ def test_a_step_of_wan_1_3b() -> None:
     assert 20 * least < plan.flops_of[1] < 200 * least
 
 
+@pytest.mark.long
 def test_products_are_those_of_a_real_step(tmp_path: Path) -> None:
     """Counted on the meta device over shallow networks, against real steps of a deeper one."""
     write_inputs(tmp_path)
