@@ -111,7 +111,7 @@ def test_memory_of_this_machine() -> None:
     assert available is not None
     assert 0 < available <= (machine.total_memory_bytes() or 0)
     # Not from the allocator, which may have pages that are resident already.
-    with mmap.mmap(-1, 64 << 20) as held:
+    with mmap.mmap(-1, 64 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as held:
         held[:] = b"x" * len(held)
         assert machine.resident_memory_bytes() >= resident + (48 << 20)
 
