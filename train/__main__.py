@@ -14,7 +14,7 @@ from asd_rt.errors import AsdError, ConfigError
 
 EXAMPLES = """examples:
   python -m train --config train/configs/tiny.toml --out runs/tiny
-      the whole recipe of the shipped student, under 100 minutes on two cores
+      the whole recipe of the shipped student, under 100 minutes on two cores with AMX
   python -m train --config train/configs/tiny.toml --out runs/tiny --resume
       go on after an interruption; finished stages are not repeated
   python -m train --config train/configs/tiny.toml --out runs/smoke --smoke
