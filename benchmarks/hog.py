@@ -29,6 +29,7 @@ import numpy as np
 
 import asd_rt
 from asd_rt import timing
+from asd_rt.deadline import check_deadline
 from asd_rt.errors import AsdError
 from asd_rt.files import replacing
 from asd_rt.machine import affinity_cpus
@@ -206,6 +207,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--hog-seconds", type=float, default=10.0, help="of the busy core")
     args = parser.parse_args(argv)
     try:
+        if args.deadline_ms is not None:
+            check_deadline(args.deadline_ms)
         make_folder(args.out)
         with asd_rt.open(args.engine) as session:
             deadline_ms = args.deadline_ms

@@ -18,6 +18,7 @@ from pathlib import Path
 from asd_rt.engines import best_engine
 from asd_rt.errors import AsdError, BackendError
 from asd_rt.machine import usable_cores
+from asd_rt.manifest import read_manifest
 from asd_rt.serve.access import TOKEN_VARIABLE, access_of
 
 EXAMPLES = """examples:
@@ -73,9 +74,11 @@ def serve(args: argparse.Namespace) -> None:
     import ray
 
     from asd_rt.serve import replicas
+    from asd_rt.serve.pool import plan_pool
 
     access = access_of(args.host, os.environ.get(TOKEN_VARIABLE) or None, [])
     engine = (args.engine or best_engine()).resolve()
+    plan_pool(engine, read_manifest(engine), args.sessions, None)  # before Ray tells it in its way
     proxies = {replicas.CALLBACK_VARIABLE: replicas.CALLBACK}
     os.environ |= proxies  # of a cluster that begins here
     local = {"object_store_memory": OBJECT_STORE_BYTES}
@@ -96,7 +99,14 @@ def serve(args: argparse.Namespace) -> None:
             threads=args.threads or max(1, usable_cores() // args.replicas),
         )
         cpus = min(1.0, usable_cores() / args.replicas)
-        replicas.start(replica, args.replicas, args.host, args.port, cpus, args.gpus)
+        try:
+            replicas.start(replica, args.replicas, args.host, args.port, cpus, args.gpus)
+        except RuntimeError as error:
+            first = str(error).partition("\n")[0]
+            raise BackendError(
+                f"Ray could not start the replicas ({first}); Ray's logs say why: "
+                "/tmp/ray/session_latest/logs/serve"
+            ) from error
         print(f"http://{args.host}:{args.port}  {engine}, {args.replicas} replicas", flush=True)
         wait_for_signal()
     finally:

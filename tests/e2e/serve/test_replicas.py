@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -186,3 +187,12 @@ def test_a_name_that_no_replica_can_have_pins_nothing(pair: Server) -> None:
     for near in ("nobody.x", "%0d%0a.x", "%ff.x", "."):
         assert call(pair, f"/readyz?near={near}")[0] == 200
     assert call(pair, "/v1/videos/nobody.x")[0] == 404
+
+
+def test_an_engine_that_is_not_there_is_one_line(root: Path, tmp_path: Path) -> None:
+    found = subprocess.run(
+        [sys.executable, "examples/ray_serve.py", "--engine", tmp_path / "none.onnx"],
+        cwd=root, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert found.returncode == 1
+    assert found.stderr.startswith("error: ") and found.stderr.count("\n") == 1, found.stderr

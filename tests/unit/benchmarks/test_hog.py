@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import pytest
+
 import asd_rt
-from benchmarks.hog import any_prompt, markdown, spare_deadline_ms, summarise
+from benchmarks.hog import any_prompt, main, markdown, spare_deadline_ms, summarise
 
 DEADLINE_MS = 20.0
 
@@ -47,3 +50,13 @@ def test_the_deadline_leaves_room_for_all_steps() -> None:
             block.block_ms for block in session.generate(any_prompt(session), frames=36, steps=4)
         ]
     assert deadline_ms > min(taken)
+
+
+@pytest.mark.parametrize("deadline", ["0", "-1", "nan"])
+def test_a_deadline_that_is_none_is_one_line(
+    deadline: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([f"--deadline-ms={deadline}", "--out", str(tmp_path / "out")]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: deadline-ms must be a number above 0") and said.count("\n") == 1
+    assert not (tmp_path / "out").exists()
