@@ -26,6 +26,7 @@ from export.tensorrt import NO_CARD_TARGETS, check_gpus, import_tensorrt
 from export.text import add_text_encoder, check_text, check_text_plan
 from export.umt5_source import open_umt5
 from train.checkpoint import Checkpoint, describe_checkpoint, load_checkpoint
+from train.command_line import exit_code
 from train.vae_weights import load_codec
 
 DEFAULT_OUT = Path("engines")
@@ -214,23 +215,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("train.checkpoint").setLevel(
         logging.INFO
     )  # what was read, and how it was told
-    try:
+
+    def work() -> None:
         if args.dry_run:
             report = dry_run(args)
             log.info("%s", memory_text(report))
             print(json.dumps({"memory": report}))
-            return 0
-        engines = build(args)
-    except AsdError as error:
-        if args.debug:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; nothing half-written is left", file=sys.stderr)
-        return 130
-    print(json.dumps({"engines": [str(path) for path in engines]}))
-    return 0
+        else:
+            print(json.dumps({"engines": [str(path) for path in build(args)]}))
+
+    return exit_code(work, args.debug, "nothing half-written is left")
 
 
 if __name__ == "__main__":

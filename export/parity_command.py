@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from asd_rt.backends.base import Engine, FloatArray, open_backend
-from asd_rt.errors import AsdError, BackendError, ConfigError, EngineError, OutputError
+from asd_rt.errors import BackendError, ConfigError, EngineError, OutputError
 from asd_rt.manifest import Manifest, late_parts, read_manifest, verify
 from asd_rt.planner import is_large
 from export.build import default_checkpoint
@@ -25,7 +25,7 @@ from export.quantize import FORMATS
 from export.reference import TorchEngine
 from train.checkpoint import Checkpoint, load_checkpoint
 from train.codec import is_tiny_world
-from train.command_line import Parser
+from train.command_line import Parser, exit_code
 from train.model import WanModel
 
 BLOCKS, PROMPTS = 200, 64
@@ -230,18 +230,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = make_parser().parse_args(arguments)
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(message)s")
     log.setLevel(logging.INFO)
-    try:
+
+    def work() -> None:
         entries = report(args)
         if args.out is None:
             print(markdown(entries), end="")
         else:
             print(json.dumps({"files": [str(path) for path in _write(entries, args.out)]}))
-    except AsdError as error:
-        if args.debug:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; nothing half-written is left", file=sys.stderr)
-        return 130
-    return 0
+
+    return exit_code(work, args.debug, "nothing half-written is left")

@@ -10,7 +10,8 @@ import sys
 import time
 from pathlib import Path
 
-from asd_rt.errors import AsdError, ConfigError
+from asd_rt.errors import ConfigError
+from train.command_line import exit_code
 
 EXAMPLES = """examples:
   python -m train --config train/configs/tiny.toml --out runs/tiny
@@ -183,21 +184,8 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     args = _parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    try:
-        if args.dry_run:
-            _dry_run(args)
-        else:
-            _train(args)
-    except AsdError as error:
-        if args.debug:
-            raise
-        for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; go on with --resume", file=sys.stderr)
-        return 1
-    return 0
+    work = _dry_run if args.dry_run else _train
+    return exit_code(lambda: work(args), args.debug, "go on with --resume")
 
 
 if __name__ == "__main__":

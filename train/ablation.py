@@ -15,10 +15,10 @@ from pathlib import Path
 
 import torch
 
-from asd_rt.errors import AsdError, ConfigError, OutputError
+from asd_rt.errors import ConfigError, OutputError
 from asd_rt.machine import usable_cores
 from train.ablation_run import Ablation
-from train.command_line import Parser
+from train.command_line import Parser, exit_code
 from train.config import load_config
 from train.handover import take_up
 
@@ -119,25 +119,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = make_parser().parse_args(arguments)
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
     torch.set_num_threads(args.threads or usable_cores())
-    try:
+
+    def work() -> None:
         ablation = open_ablation(args, began)
         if args.list:
             print(ablation.listing())
-            return 0
+            return
         done = ablation.run(args.timing_steps)
         if not done:
             ablation.report(plot=True)
             log.info("time is up; the same command goes on; %s", ablation.time_left())
         print((args.out / "ablation.md").read_text())
-    except AsdError as error:
-        if args.debug:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
-        return 130
-    return 0
+
+    return exit_code(work, args.debug, "the same command goes on from the last checkpoint")
 
 
 if __name__ == "__main__":

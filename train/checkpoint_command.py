@@ -13,9 +13,8 @@ from pathlib import Path
 
 import torch
 
-from asd_rt.errors import AsdError
 from train.checkpoint import load_checkpoint
-from train.command_line import Parser
+from train.command_line import Parser, exit_code
 from train.formats.files import CODEC, DEPLOYMENT, TEXT, locate
 from train.formats.random_weights import CONFIGS, random_source
 from train.formats.write import FORMATS, SHARD_BYTES, Source, write_checkpoint
@@ -125,17 +124,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     args = make_parser().parse_args(arguments)
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
-    try:
+
+    def work() -> None:
         write(args)
-    except AsdError as error:
-        if args.debug:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; nothing half-written is left", file=sys.stderr)
-        return 130
-    files = sorted(p for p in args.out.rglob("*") if p.is_file()) or [args.out]
-    size = sum(path.stat().st_size for path in files)
-    print(json.dumps({"checkpoint": str(args.out), "files": len(files), "bytes": size}))
-    return 0
+        files = sorted(p for p in args.out.rglob("*") if p.is_file()) or [args.out]
+        size = sum(path.stat().st_size for path in files)
+        print(json.dumps({"checkpoint": str(args.out), "files": len(files), "bytes": size}))
+
+    return exit_code(work, args.debug, "nothing half-written is left")

@@ -22,13 +22,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from asd_rt.decoding import latent_count
-from asd_rt.errors import AsdError, ConfigError, MediaError, OutputError
+from asd_rt.errors import ConfigError, MediaError, OutputError
 from asd_rt.video import from_uint8
 from asd_rt.video_reader import read_frames
 from train.checkpoint import load_checkpoint
 from train.clip_shards import INDEX, Clip, ClipIndex, read_index, write_index, write_shard
 from train.codec import PATCH
-from train.command_line import Parser
+from train.command_line import Parser, exit_code
 from train.vae_weights import load_codec
 
 VIDEO_SUFFIXES = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".gif", ".ogv", ".flv", ".y4m")
@@ -324,21 +324,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     args = make_parser().parse_args(arguments)
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(message)s")
-    try:
+
+    def work() -> None:
         encoder = checkpoint_encoder(args.checkpoint) if args.vae is None else vae_encoder(args.vae)
         _check(args, encoder)
         index = make_clips(args.videos, encoder, args.out, args)
-    except AsdError as error:
-        if args.debug:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; run it again to go on", file=sys.stderr)
-        return 130
-    document = {"out": str(args.out), "clips": len(index.clips), "rejected": index.rejected}
-    print(json.dumps(document, ensure_ascii=False))
-    return 0
+        document = {"out": str(args.out), "clips": len(index.clips), "rejected": index.rejected}
+        print(json.dumps(document, ensure_ascii=False))
+
+    return exit_code(work, args.debug, "run it again to go on")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Callable
 from typing import NoReturn
+
+from asd_rt.errors import AsdError
+
+INTERRUPTED = 130  # exit code, as of a shell
 
 
 class Parser(argparse.ArgumentParser):
@@ -11,3 +17,28 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+def exit_code(work: Callable[[], None], debug: bool, interrupted: str) -> int:
+    """Do a command's work, and tell of a problem in a line.
+
+    Args:
+        work: prints its results.
+        debug: raise errors, to see where they come from.
+        interrupted: what is left after Ctrl-C, and how to go on.
+
+    Returns:
+        0; 1 after an error; 130 after Ctrl-C.
+    """
+    try:
+        work()
+    except AsdError as error:
+        if debug:
+            raise
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"interrupted; {interrupted}", file=sys.stderr)
+        return INTERRUPTED
+    return 0

@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 
 from asd_rt import timing
-from asd_rt.errors import AsdError, ConfigError, OutputError
+from asd_rt.errors import ConfigError, OutputError
 from asd_rt.files import replacing
 from asd_rt.machine import usable_cores
 from asd_rt.schedule import MAX_STEPS
-from train.command_line import Parser
+from train.command_line import Parser, exit_code
 from train.config import load_config
 from train.evaluation import EXPLANATION, Evaluation, Row, make_plans, markdown
 from train.judge import load_judge, shipped_recipe
@@ -192,18 +192,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     args = make_parser().parse_args(given)
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
-    try:
-        rows = evaluate(args, " ".join(["python -m train.evaluate", *given]))
-    except AsdError as error:
-        if args.debug:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; the report holds the rows that were done", file=sys.stderr)
-        return 130
-    print(markdown(rows))
-    return 0
+    command = " ".join(["python -m train.evaluate", *given])
+    return exit_code(
+        lambda: print(markdown(evaluate(args, command))),
+        args.debug,
+        "the report holds the rows that were done",
+    )
 
 
 if __name__ == "__main__":

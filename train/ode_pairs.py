@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from asd_rt.errors import AsdError, ConfigError, OutputError
+from asd_rt.errors import ConfigError, OutputError
 from asd_rt.schedule import MAX_STEPS, TRAIN_TIMESTEPS, Schedule
 from train.checkpoint import describe_checkpoint, open_weights
-from train.command_line import Parser
+from train.command_line import Parser, exit_code
 from train.deployment import check_latent_hw
 from train.losses import guided_x0, shifted_sigma
 from train.model import WanModel
@@ -258,18 +258,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     args = make_parser().parse_args(arguments)
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
-    try:
-        document = make_pairs(args)
-    except AsdError as error:
-        if args.debug:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; run it again to go on", file=sys.stderr)
-        return 130
-    print(json.dumps(document))
-    return 0
+    return exit_code(
+        lambda: print(json.dumps(make_pairs(args))), args.debug, "run it again to go on"
+    )
 
 
 if __name__ == "__main__":

@@ -22,11 +22,11 @@ import asd_rt
 from asd_rt.arguments import default_frames, make_plan
 from asd_rt.decoding import frame_count, temporal_factor
 from asd_rt.embeddings import Embeddings, read_embeddings
-from asd_rt.errors import AsdError, ConfigError, OutputError
+from asd_rt.errors import ConfigError, OutputError
 from asd_rt.files import replacing
 from asd_rt.session import Session
 from asd_rt.video import enlarge, open_writer
-from train.command_line import Parser
+from train.command_line import Parser, exit_code
 
 CLIPS = 5
 MAX_NAME_BYTES = 255
@@ -266,18 +266,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     args = make_parser().parse_args(arguments)
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
-    try:
-        document = run(args)
-    except AsdError as error:
-        if args.debug:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; run it again to go on", file=sys.stderr)
-        return 130
-    print(json.dumps(document))
-    return 0
+    return exit_code(lambda: print(json.dumps(run(args))), args.debug, "run it again to go on")
 
 
 if __name__ == "__main__":

@@ -20,11 +20,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from asd_rt.errors import AsdError, CheckpointError, ConfigError
+from asd_rt.errors import CheckpointError, ConfigError
 from asd_rt.files import check_writable, replacing
 from asd_rt.machine import usable_cores
 from asd_rt.schedule import MAX_STEPS
-from train.command_line import Parser
+from train.command_line import Parser, exit_code
 from train.judge import BATCH
 from train.rollout import rollout
 from train.samplers import Student, block_noise, first_noise, open_subject
@@ -113,6 +113,35 @@ def draw(report: dict[str, list[list[float]]], path: Path) -> None:
     plt.close(figure)
 
 
+def compare(args: argparse.Namespace) -> None:
+    """Play the clips, and write and print what they show.
+
+    Raises:
+        AsdError: impossible arguments, or no checkpoint.
+    """
+    if args.clips < 2 or args.blocks < 1:
+        raise ConfigError(
+            f"--clips must be >= 2 and --blocks >= 1, found {args.clips} and {args.blocks}"
+        )
+    check_writable(args.out, "--out")
+    student = open_subject(args.checkpoint)
+    if not isinstance(student, Student):
+        raise CheckpointError(f"{args.checkpoint}: expected a checkpoint, found an engine")
+    labels = random_labels(args.clips, torch.Generator().manual_seed(PROMPTS_SEED))
+    bar = tqdm(labels.split(BATCH), desc="clips", unit="batch", leave=False)
+    found = [
+        step_similarity(student, part, args.blocks, NOISE_SEED + i) for i, part in enumerate(bar)
+    ]
+    report = summarise(np.concatenate(found))
+    told = {"checkpoint": Path(args.checkpoint).name, "clips": args.clips, **report}
+    with replacing(args.out.with_suffix(".json")) as temporary:
+        temporary.write_text(json.dumps(told) + "\n")
+    with replacing(args.out) as temporary:
+        draw(report, temporary)
+    for block, row in enumerate(report["mean"], 1):
+        print(f"block {block}: " + ", ".join(f"{value:.4f}" for value in row))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     parser = Parser(
@@ -130,36 +159,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--threads", type=int, default=0, help="CPU threads (default: usable cores)"
     )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(arguments)
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
     torch.set_num_threads(args.threads or usable_cores())
-    try:
-        if args.clips < 2 or args.blocks < 1:
-            raise ConfigError(
-                f"--clips must be >= 2 and --blocks >= 1, found {args.clips} and {args.blocks}"
-            )
-        check_writable(args.out, "--out")
-        student = open_subject(args.checkpoint)
-        if not isinstance(student, Student):
-            raise CheckpointError(f"{args.checkpoint}: expected a checkpoint, found an engine")
-        labels = random_labels(args.clips, torch.Generator().manual_seed(PROMPTS_SEED))
-        bar = tqdm(labels.split(BATCH), desc="clips", unit="batch", leave=False)
-        found = [
-            step_similarity(student, part, args.blocks, NOISE_SEED + i)
-            for i, part in enumerate(bar)
-        ]
-        report = summarise(np.concatenate(found))
-        told = {"checkpoint": Path(args.checkpoint).name, "clips": args.clips, **report}
-        with replacing(args.out.with_suffix(".json")) as temporary:
-            temporary.write_text(json.dumps(told) + "\n")
-        with replacing(args.out) as temporary:
-            draw(report, temporary)
-    except AsdError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    for block, row in enumerate(report["mean"], 1):
-        print(f"block {block}: " + ", ".join(f"{value:.4f}" for value in row))
-    return 0
+    return exit_code(lambda: compare(args), args.debug, "nothing half-written is left")
 
 
 if __name__ == "__main__":

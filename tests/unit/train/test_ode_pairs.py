@@ -23,6 +23,7 @@ from train.checkpoint import load_checkpoint
 from train.losses import shifted_sigma
 from train.ode_pairs import main
 from train.pair_shards import PairShards
+from train.precision import mixed_precision
 from train.prompt_table import PromptTable
 
 
@@ -68,7 +69,7 @@ def test_a_pair_is_the_teachers_path(folder: Path, capsys: pytest.CaptureFixture
         assert sigmas[2 * state].item() == pytest.approx(pairs.settings.sigmas[state])
         x = path[:, state]
         for now, after in pairwise(sigmas[2 * state : 2 * state + 3]):
-            with torch.no_grad():
+            with torch.no_grad(), mixed_precision():
                 times = torch.full((2, FRAMES), 1000 * now.item())
                 cond, other = model(x.expand(2, -1, -1, -1, -1), times, contexts).chunk(2)
             x = x + (after - now) * (other + 3 * (cond - other))
