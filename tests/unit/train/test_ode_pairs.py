@@ -23,7 +23,7 @@ from train.checkpoint import load_checkpoint
 from train.losses import shifted_sigma
 from train.ode_pairs import main
 from train.pair_shards import PairShards
-from train.precision import mixed_precision
+from train.parallel import Parallel
 from train.prompt_table import PromptTable
 
 
@@ -59,7 +59,8 @@ def test_a_pair_is_the_teachers_path(folder: Path, capsys: pytest.CaptureFixture
     path, end = pairs.read([5])
     assert path.shape == (1, 4, FRAMES, 4, *LATENT_HW)
     checkpoint = load_checkpoint(folder / "teacher")
-    model = checkpoint.build_model()
+    parallel = Parallel()  # in what pairs are made here
+    model = checkpoint.build_model().to(torch.bfloat16 if parallel.bf16 else torch.float32)
     table = PromptTable(folder / "prompts.safetensors", checkpoint.config, "x")
     negative = PromptTable(folder / "negative.safetensors", checkpoint.config, "x")
     contexts = torch.cat([table.contexts([5]), negative.contexts([0])])
@@ -69,9 +70,10 @@ def test_a_pair_is_the_teachers_path(folder: Path, capsys: pytest.CaptureFixture
         assert sigmas[2 * state].item() == pytest.approx(pairs.settings.sigmas[state])
         x = path[:, state]
         for now, after in pairwise(sigmas[2 * state : 2 * state + 3]):
-            with torch.no_grad(), mixed_precision():
+            with torch.no_grad(), parallel.autocast():
                 times = torch.full((2, FRAMES), 1000 * now.item())
-                cond, other = model(x.expand(2, -1, -1, -1, -1), times, contexts).chunk(2)
+                flow = model(x.expand(2, -1, -1, -1, -1), times, contexts).float()
+            cond, other = flow.chunk(2)
             x = x + (after - now) * (other + 3 * (cond - other))
         expected = path[:, state + 1] if state < 3 else end
         torch.testing.assert_close(x, expected, atol=1e-4, rtol=1e-4)
