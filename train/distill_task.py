@@ -21,7 +21,7 @@ class Task:
         n: denoising steps of a block.
         enhanced: the first block gets all 4 (First-Frame Enhancement).
         use_asd: whether the (n+1)-step rollout pulls too.
-        positions: the frame index that each frame is shown as.
+        positions: the frame index that each frame is shown as; the rollout ends with the judged clip.
         first: the frame that the judged clip begins with.
         block_frames: frames of a block.
     """
@@ -82,6 +82,7 @@ def draw_step(
         earliest = cache.block_frames if positions[-1] >= frames else 0
         choices = range(earliest, frames - window + 1, cache.block_frames)
         first = choices[int(torch.randint(len(choices), (1,), generator=generator))]
+        positions = positions[: first + window]  # what comes later is not judged
     task = Task(
         n=n,
         enhanced=enhanced,
