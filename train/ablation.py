@@ -11,6 +11,7 @@ import logging
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -53,6 +54,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--out", type=Path, required=True, help="folder, made if absent")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="default 0 1 2")
     add("--clips", type=int, help="judged a cell (default: the recipe's eval_clips)")
+    add("--steps", type=int, metavar="N", help="of a training (default: the recipe's)")
     add("--smoke", action="store_true", help="a few steps a training, to test the code")
     add("--max-minutes", type=float, metavar="M", help="stop at a checkpoint after so long")
     add(
@@ -88,6 +90,7 @@ def open_ablation(args: argparse.Namespace, began: float) -> Ablation:
         paths[name] = path
     for flag, value, least in (
         ("--clips", args.clips, 2),
+        ("--steps", args.steps, 1),
         ("--timing-steps", args.timing_steps, 1),
     ):
         if value is not None and value < least:
@@ -99,6 +102,8 @@ def open_ablation(args: argparse.Namespace, began: float) -> Ablation:
     config = load_config(args.config)
     if args.smoke:
         config = config.smoke()
+    if args.steps is not None:
+        config = replace(config, distill=replace(config.distill, steps=args.steps))
     if config.distill.asd_ratio <= 0:
         raise ConfigError(
             f"{args.config}: distill.asd_ratio must be > 0 to have something to compare"

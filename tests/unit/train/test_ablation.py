@@ -137,6 +137,7 @@ def test_another_ablation_is_refused(run: Run, start: Path, tmp_path: Path, caps
     ("flags", "message"),
     [
         (["--clips", "1"], "--clips must be"),
+        (["--steps", "0"], "--steps must be"),
         (["--seeds", "1", "1"], "--seeds must be different"),
         (["--max-minutes", "0"], "--max-minutes must be > 0"),
         (["--teacher", "none"], "none: no such checkpoint"),
@@ -146,6 +147,16 @@ def test_bad_arguments_are_one_line(run: Run, flags: list[str], message: str, ca
     assert run(*flags) == 1
     told = capsys.readouterr().err
     assert message in told and told.count("\n") == 1
+
+
+def test_a_smaller_budget_is_another_ablation(start: Path, tmp_path: Path) -> None:
+    given = ["--config", str(start / "toy.toml"), "--run", str(start), "--out", str(tmp_path)]
+    parser = ablation.make_parser()
+    opened = ablation.open_ablation(parser.parse_args([*given, "--steps", "2"]), 0.0)
+    assert opened.config.distill.steps == 2
+    opened.results.write_timing({})
+    with pytest.raises(ConfigError, match=r"other settings: recipe .* steps 2 \(now 4\)"):
+        ablation.open_ablation(parser.parse_args(given), 0.0)
 
 
 def test_dmd_alone_rolls_out_once_a_step_and_trains_no_discriminator(start: Path) -> None:
