@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from dataclasses import dataclass
+from threading import Lock
 from typing import Literal, NamedTuple
 
 Kind = Literal["pass", "cache", "joined", "decode", "rest"]
@@ -57,11 +58,14 @@ class CostModel:
     would part from those that are not (at one step a block joined passes are measured, single ones are not).
     Here a stall, however long, leaves the shares alone, and a machine that has become slower or faster for
     good is no other case: only the speed changes, for all work at once.
+
+    Safe to use from several threads.
     """
 
-    __slots__ = ("_recent", "_shares", "_since_single")
+    __slots__ = ("_lock", "_recent", "_shares", "_since_single")
 
     def __init__(self) -> None:
+        self._lock = Lock()
         self._shares: dict[Kind, dict[int, _Share]] = {}
         self._recent: deque[_Observed] = deque(maxlen=RECENT)
         self._since_single = 0
@@ -72,7 +76,8 @@ class CostModel:
 
         One slow pass is a hiccup, two are noticed, and after four quick ones none is remembered.
         """
-        speeds = sorted(observed.log_speed for observed in self._recent)
+        with self._lock:
+            speeds = sorted(observed.log_speed for observed in self._recent)
         return math.exp(speeds[-2]) if len(speeds) > 1 else 1.0
 
     def share(self, kind: Kind, past_frames: int) -> float | None:
@@ -80,8 +85,9 @@ class CostModel:
 
         The nearest known cache length stands for one that is not known.
         """
-        known = self._nearest(kind, past_frames)
-        return None if known is None else math.exp(known.log)
+        with self._lock:
+            known = self._nearest(kind, past_frames)
+            return None if known is None else math.exp(known.log)
 
     def estimate(self, kind: Kind, past_frames: int) -> float | None:
         """Milliseconds that the work will take now; None when the kind is unknown."""
@@ -90,20 +96,22 @@ class CostModel:
 
     def is_doubtful(self, past_frames: int) -> bool:
         """Whether the share of "pass" had better be measured again: sooner the less it was compared."""
-        known = [self._nearest(kind, past_frames) for kind in ("pass", "joined")]
+        with self._lock:
+            known = [self._nearest(kind, past_frames) for kind in ("pass", "joined")]
         return self._since_single >= DOUBT * min((s.compared for s in known if s), default=SURE)
 
     def observe(self, kind: Kind, past_frames: int, ms: float) -> None:
         """Learn that the work took `ms`; what is no duration (0, not finite) is ignored."""
         if not 0 < ms < math.inf:
             return
-        before = self._recent[-1] if self._recent else None
-        observed = _Observed(self._share(kind, past_frames, math.log(ms)), math.log(ms))
-        if before is not None and before.share is not observed.share:
-            _compare(before, observed, both=kind in NETWORK)
-        if kind in NETWORK:
-            self._recent.append(observed)
-            self._since_single = 0 if kind == "pass" else self._since_single + 1
+        with self._lock:
+            before = self._recent[-1] if self._recent else None
+            observed = _Observed(self._share(kind, past_frames, math.log(ms)), math.log(ms))
+            if before is not None and before.share is not observed.share:
+                _compare(before, observed, both=kind in NETWORK)
+            if kind in NETWORK:
+                self._recent.append(observed)
+                self._since_single = 0 if kind == "pass" else self._since_single + 1
 
     def _share(self, kind: Kind, past_frames: int, log_ms: float) -> _Share:
         """The share to be learned, made if need be."""

@@ -1,11 +1,11 @@
-"""Would sessions gain from sharing passes? batching.json and .md.
+"""How several videos share a CPU best: in turns, in one pass, or side by side? batching.json and .md.
 
 python -m benchmarks.batching --out out
 
-An engine's pass serves one video, so the sessions of a server take turns. Here the same network is exported
-with room for several videos, each at its own position and with its own prompt and cache, and one pass of
-those takes turns with as many passes of one: a whole window behind them, one step, in ONNX Runtime with the
-threads of an engine. Results are compared before anything is timed.
+An engine's pass serves one video. Videos take turns, each pass on all cores, or are made side by side, each
+on a core of its own (`asd_rt.serve.opening`). The third way is not built: here the same network is exported
+with room for several videos, each at its own position and with its own prompt and cache. All ways take turns:
+a whole window behind the videos, one step, in ONNX Runtime. Results are compared before anything is timed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ import json
 import logging
 import sys
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -46,6 +48,8 @@ LOWERING = LOWERINGS["onnxruntime"]
 BUDGET = 1e-5  # relative L2 of a shared pass against single ones, as of passes against torch
 WARM_UP = 5
 POSITION_STEP = 30  # frames that the videos are apart
+TURNS = "turns"
+WAYS = (TURNS, "one_pass", "side_by_side")
 
 Arrays = dict[str, NDArray[np.float32]]
 
@@ -66,10 +70,10 @@ def shared(part: PartModule, videos: int) -> PartModule:
     return replace(part, inputs=inputs, outputs=outputs)
 
 
-def open_session(part: PartModule) -> onnxruntime.InferenceSession:
+def open_session(part: PartModule, threads: int) -> onnxruntime.InferenceSession:
     """The part in ONNX Runtime, with the options that an engine's passes have."""
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = usable_cores()
+    options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.add_session_config_entry("session.force_spinning_stop", "1")
     model = serialize(export_part("denoiser", part, LOWERING.opset))
@@ -130,10 +134,12 @@ class Bound:
 
 @dataclass(frozen=True)
 class Rivals:
-    """One shared pass, and as many single ones."""
+    """One shared pass, as many single ones on all cores, and as many on a core each."""
 
     shared: Bound
     single: Sequence[Bound]
+    beside: Sequence[Bound]
+    cores: Executor
 
     def worst_error(self) -> float:
         """Largest relative L2 of what the shared pass gives, of all tensors and videos."""
@@ -143,14 +149,19 @@ class Rivals:
             for i, one in enumerate(self.single)
         )
 
-    def time(self) -> tuple[float, float]:
-        """ms of the shared pass, and of all single ones."""
-        begin = perf_counter()
-        self.shared.run()
-        middle = perf_counter()
+    def time(self) -> tuple[float, float, float]:
+        """ms of the single passes in turns, of the shared pass, and of the passes side by side."""
+        marks = [perf_counter()]
         for one in self.single:
             one.run()
-        return 1e3 * (middle - begin), 1e3 * (perf_counter() - middle)
+        marks.append(perf_counter())
+        self.shared.run()
+        marks.append(perf_counter())
+        for _ in self.cores.map(Bound.run, self.beside):
+            pass
+        marks.append(perf_counter())
+        turns, shared, beside = (1e3 * (b - a) for a, b in pairwise(marks))
+        return turns, shared, beside
 
 
 def contenders(name: str, counts: Sequence[int]) -> dict[int, Rivals]:
@@ -163,13 +174,14 @@ def contenders(name: str, counts: Sequence[int]) -> dict[int, Rivals]:
     settings = resolve(checkpoint, Overrides(), FixedPlan(1, 1))
     model = checkpoint.build_model()
     part = engine_parts(checkpoint, model, "fp32", settings.latent_hw, LOWERING)["denoiser"]
-    session = open_session(part)
+    all_cores, one_core = (open_session(part, threads) for threads in (usable_cores(), 1))
     inputs = [make_inputs(part, checkpoint, settings, seed) for seed in range(max(counts))]
-    single = [Bound(session, one) for one in inputs]
+    single, beside = ([Bound(s, one) for one in inputs] for s in (all_cores, one_core))
+    cores = ThreadPoolExecutor(usable_cores())
     found = {}
     for count in counts:
-        one = Bound(open_session(shared(part, count)), stacked(inputs[:count]))
-        found[count] = Rivals(one, single[:count])
+        one = Bound(open_session(shared(part, count), usable_cores()), stacked(inputs[:count]))
+        found[count] = Rivals(one, single[:count], beside[:count], cores)
         error = found[count].worst_error()
         if not error <= BUDGET:
             raise EngineError(
@@ -180,7 +192,7 @@ def contenders(name: str, counts: Sequence[int]) -> dict[int, Rivals]:
 
 def measure(rivals: Mapping[int, Rivals], rounds: int) -> list[dict[str, Any]]:
     """A row for each number of videos; all take turns in every round."""
-    taken: dict[int, list[tuple[float, float]]] = {count: [] for count in rivals}
+    taken: dict[int, list[tuple[float, float, float]]] = {count: [] for count in rivals}
     with Progress("rounds", WARM_UP + rounds) as progress:
         for number in range(WARM_UP + rounds):
             for count, pair in rivals.items():
@@ -191,41 +203,36 @@ def measure(rivals: Mapping[int, Rivals], rounds: int) -> list[dict[str, Any]]:
     rows = []
     for count, times in taken.items():
         ms = np.array(times)
-        ratios = ms[:, 1] / ms[:, 0]
         draws = np.random.default_rng(0).integers(0, rounds, (1000, rounds))
-        low, high = np.percentile(np.median(ratios[draws], axis=1), [2.5, 97.5])
-        rows.append(
-            {
-                "videos": count,
-                "shared_ms": float(np.median(ms[:, 0])),
-                "single_ms": float(np.median(ms[:, 1])),
-                "gain": float(np.median(ratios)),
-                "gain_low": float(low),
-                "gain_high": float(high),
-                "error": rivals[count].worst_error(),
-            }
-        )
+        row: dict[str, Any] = {"videos": count, "error": rivals[count].worst_error()}
+        for column, way in enumerate(WAYS):
+            gains = ms[:, 0] / ms[:, column]
+            low, high = np.percentile(np.median(gains[draws], axis=1), [2.5, 97.5])
+            gain = {"value": float(np.median(gains)), "low": float(low), "high": float(high)}
+            row[way] = {"ms": float(np.median(ms[:, column])), "gain": gain}
+        rows.append(row)
     return rows
 
 
 def markdown(report: dict[str, Any]) -> str:
     """The report for a reader."""
     lines = [
-        "# Passes shared by several videos",
+        "# Several videos on one CPU",
         "",
-        f"{report['size']}, fp32, {report['threads']} threads, a full window, one step; medians of "
-        f"{report['rounds']} rounds, in which shared and single passes took turns. Gain: time of the single "
-        "passes over that of the shared one, with its 95 % bootstrap interval. Above 1 sharing is faster; a "
-        "shared pass is also what each of its videos waits for.",
+        f"{report['size']}, fp32, {report['threads']} cores, a full window, one step; medians of "
+        f"{report['rounds']} rounds, in which all ways took turns. In brackets: the time of turns over this "
+        "one's, with a 95 % bootstrap interval. One pass for all is also what each of its videos waits for.",
         "",
-        "| videos | shared pass, ms | single passes, ms | gain |",
+        "| videos | in turns, ms | in one pass, ms | side by side, ms |",
         "|---|---|---|---|",
     ]
-    lines += [
-        f"| {row['videos']} | {row['shared_ms']:.3f} | {row['single_ms']:.3f} | {row['gain']:.3f} "
-        f"[{row['gain_low']:.3f}, {row['gain_high']:.3f}] |"
-        for row in report["rows"]
-    ]
+    for row in report["rows"]:
+        cells = [f"{row[TURNS]['ms']:.2f}"]
+        for way in WAYS[1:]:
+            gain = row[way]["gain"]
+            told = f"{gain['value']:.2f}x [{gain['low']:.2f}, {gain['high']:.2f}]"
+            cells.append(f"{row[way]['ms']:.2f} ({told})")
+        lines.append(f"| {row['videos']} | {' | '.join(cells)} |")
     machine = report["machine"]
     lines += [
         "",
@@ -240,7 +247,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.batching",
-        description="Times one pass of several videos against as many passes of one.",
+        description="Times passes of several videos in turns, in one pass, and side by side.",
         epilog="example: python -m benchmarks.batching --videos 2 4 --out out",
     )
     parser.add_argument(

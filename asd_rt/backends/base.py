@@ -170,18 +170,7 @@ def open_backend(path: str | Path, threads: int | None = None, device: str = DEV
     warning = accuracy_warning(engine, manifest)
     if warning:
         _log.warning("%s", warning)
-    on_cpu = manifest.backend == "onnx" and device != "cuda"
-    if on_cpu and device == "auto" and has_nvidia_driver() and manifest.runtime != "openvino":
-        from asd_rt.backends import ort_cuda
-
-        on_cpu = not ort_cuda.is_available()
-        if on_cpu:
-            _log.warning(
-                "%s: runs on the CPU though there is an NVIDIA driver, for this onnxruntime has no CUDA; %s",
-                engine,
-                ort_cuda.INSTALL,
-            )
-    if on_cpu:
+    if runs_on_cpu(engine, manifest, device):
         from asd_rt.backends import ort
 
         return ort.open_engine(engine, manifest, threads)
@@ -200,3 +189,21 @@ def open_backend(path: str | Path, threads: int | None = None, device: str = DEV
     from asd_rt.backends import tensorrt
 
     return tensorrt.open_engine(engine, manifest)
+
+
+def runs_on_cpu(engine: Path, manifest: Manifest, device: str) -> bool:
+    """Whether `open_backend` opens it on the CPU; said aloud where there is a card that cannot be used."""
+    if manifest.backend != "onnx" or device == "cuda":
+        return False
+    if device == "cpu" or not has_nvidia_driver() or manifest.runtime == "openvino":
+        return True
+    from asd_rt.backends import ort_cuda
+
+    if ort_cuda.is_available():
+        return False
+    _log.warning(
+        "%s: runs on the CPU though there is an NVIDIA driver, for this onnxruntime has no CUDA; %s",
+        engine,
+        ort_cuda.INSTALL,
+    )
+    return True

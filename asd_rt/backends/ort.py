@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -101,7 +102,10 @@ _ELEMENT_TYPES = {
 
 
 class OrtEngine:
-    """All parts of an ONNX engine; encoder and joined pass are loaded when first used."""
+    """All parts of an ONNX engine; encoder and joined pass are loaded when first used.
+
+    Several threads may use it, each a denoiser and codec streams of its own.
+    """
 
     def __init__(self, path: Path, manifest: Manifest, threads: int, provider: str) -> None:
         self.path = path
@@ -109,6 +113,7 @@ class OrtEngine:
         self.threads = threads
         self.provider = provider
         self._sessions: dict[tuple[str, tuple[int, ...]], Any] = {}
+        self._lock = Lock()
         self._closed = False
         # ONNX Runtime 1.31 and 1.32 refuse some int8 products with a bias otherwise.
         self._unwanted_optimizers = ["MatMulAddFusion"] if manifest.precision == "int8" else []
@@ -146,13 +151,14 @@ class OrtEngine:
         """
         fixed = sizes if sizes and self._fixes_sizes else {}
         key = part, tuple(fixed.values())
-        found = self._sessions.get(key)
-        if found is None:
-            found = self._load(part, fixed)
-            # A prompt takes a tenth of a large network's weights, once: they are not worth their memory.
-            if not (self._is_large and part == "prompt"):
-                self._sessions[key] = found
-        return found
+        with self._lock:  # of two threads, one loads
+            found = self._sessions.get(key)
+            if found is None:
+                found = self._load(part, fixed)
+                # A prompt takes a tenth of a large network's weights, once: they are not worth their memory.
+                if not (self._is_large and part == "prompt"):
+                    self._sessions[key] = found
+            return found
 
     def _load(self, part: str, fixed: Mapping[str, int]) -> Any:
         if self._closed:

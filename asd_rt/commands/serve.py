@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
+from contextlib import ExitStack
 from dataclasses import replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from asd_rt.commands.common import Outcome, Problems, add_engine, find_engine
 from asd_rt.errors import BackendError
-from asd_rt.session import open_session
 from asd_rt.steering import check_refresh
 
 if TYPE_CHECKING:
@@ -46,6 +46,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--sessions",
         metavar="N",
         help="live videos at once (default: as many as fit into half of the memory, at most 8)",
+    )
+    parser.add_argument(
+        "--workers",
+        metavar="N",
+        help="videos made side by side, which share the threads (default: one a core for a small network on "
+        "the CPU; else they take turns)",
     )
     parser.add_argument(
         "--client-sessions",
@@ -84,6 +90,7 @@ def execute(args: argparse.Namespace) -> Outcome:
         )
     from asd_rt.serve.access import TOKEN_VARIABLE, access_of
     from asd_rt.serve.limits import Limits
+    from asd_rt.serve.opening import open_shared
     from asd_rt.serve.pool import plan_pool
     from asd_rt.serve.server import bind
     from asd_rt.serve.service import Service
@@ -92,6 +99,7 @@ def execute(args: argparse.Namespace) -> Outcome:
     threads = problems.integer("--threads", args.threads, 1)
     port = problems.integer("--port", args.port, 0, 65535)
     sessions = problems.integer("--sessions", args.sessions, 1, 1000)
+    workers = problems.integer("--workers", args.workers, 1, 1000)
     per_client = problems.integer("--client-sessions", args.client_sessions, 1, 1000)
     clip_frames = problems.integer("--clip-frames", args.clip_frames, 1, 100_000)
     size = problems.latent_size("--latent-size", args.latent_size)
@@ -105,16 +113,18 @@ def execute(args: argparse.Namespace) -> Outcome:
             every = check_refresh(refresh_every or 0, found[1].cache)
             plan = replace(plan_pool(*found, sessions, size), refresh_every=every)
     problems.raise_any()
-    path = found[0]  # type: ignore[index]
+    path, manifest = found  # type: ignore[misc]
     limits = Limits(
         client_sessions=per_client or defaults.client_sessions,
         clip_frames=clip_frames or defaults.clip_frames,
     )
-    with (
-        bind(args.host, DEFAULT_PORT if port is None else port) as listener,
-        open_session(path, threads) as session,
-    ):
-        service = Service(session, plan, limits)
+    with ExitStack() as opened:
+        listener = opened.enter_context(bind(args.host, DEFAULT_PORT if port is None else port))
+        session, side_by_side = open_shared(
+            path, manifest, plan.sessions, threads, workers, args.device
+        )
+        opened.enter_context(session)
+        service = Service(session, plan, limits, workers=side_by_side)
         service.start()
         host, bound = listener.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host

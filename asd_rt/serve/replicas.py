@@ -26,9 +26,9 @@ from asd_rt.serve.access import Access
 from asd_rt.serve.app import make_app
 from asd_rt.serve.ids import replica_of
 from asd_rt.serve.limits import Limits
+from asd_rt.serve.opening import open_shared
 from asd_rt.serve.pool import plan_pool
 from asd_rt.serve.service import Service
-from asd_rt.session import open_session
 
 NAME = "asd-rt"
 # Ray's proxies hand this header's value on to routers. Nothing here is a multiplexed model, so it is free.
@@ -53,6 +53,7 @@ class Replica:
         sessions: live videos of each at once; None = as many as half of the memory allows, at most 8.
         latent_hw: of an engine that fixes no size.
         threads: of each; None = as many as usable cores.
+        workers: videos that each makes side by side; None = what suits the engine.
     """
 
     engine: Path
@@ -61,6 +62,7 @@ class Replica:
     sessions: int | None = None
     latent_hw: tuple[int, int] | None = None
     threads: int | None = None
+    workers: int | None = None
 
     def open(self, name: str) -> Service:
         """The engine being served by the replica `name`, warm; in its process.
@@ -68,9 +70,12 @@ class Replica:
         Raises:
             AsdError: the engine cannot be opened, or so many sessions do not fit.
         """
-        plan = plan_pool(self.engine, read_manifest(self.engine), self.sessions, self.latent_hw)
-        session = open_session(self.engine, self.threads)
-        service = Service(session, plan, self.limits, name)
+        manifest = read_manifest(self.engine)
+        plan = plan_pool(self.engine, manifest, self.sessions, self.latent_hw)
+        session, workers = open_shared(
+            self.engine, manifest, plan.sessions, self.threads, self.workers
+        )
+        service = Service(session, plan, self.limits, name, workers)
         service.start()
         return service
 

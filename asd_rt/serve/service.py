@@ -35,15 +35,30 @@ class Readiness:
 class Service:
     """One engine being served."""
 
-    def __init__(self, session: Session, plan: PoolPlan, limits: Limits, replica: str = "") -> None:
-        """Allocates the pool; `start` runs the engine. `replica`: this server's name among several."""
+    def __init__(
+        self,
+        session: Session,
+        plan: PoolPlan,
+        limits: Limits,
+        replica: str = "",
+        workers: int = 1,
+    ) -> None:
+        """Allocates the pool; `start` runs the engine.
+
+        Args:
+            session: on the engine.
+            plan: places for videos.
+            limits: of what clients may.
+            replica: this server's name among several.
+            workers: videos made side by side (`asd_rt.serve.opening`).
+        """
         manifest = session.manifest
         self.session, self.limits = session, limits
         self.frame_hw = frame_size(manifest, "decoder", plan.latent_hw)
         self.metrics = Metrics(plan.sessions, plan.place_bytes)
         self.pool = Pool(session, plan)
         self.pool_lock = Lock()
-        self.worker = Worker()
+        self.worker = Worker(workers)
         self.ids = Ids(replica)
         self.clips = ClipStore(self.pool.clips, plan, limits, self.ids, self.metrics)
         self.uploads = Uploads(manifest, self.frame_hw, limits, self.ids)

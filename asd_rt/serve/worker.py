@@ -1,4 +1,8 @@
-"""The one thread that runs the engine: videos take turns, block by block, whoever is due."""
+"""The threads that run the engine: videos take turns, block by block, whoever is due.
+
+Where operators are too small to share among cores, each core makes blocks of a video of its own instead
+(`asd_rt.serve.opening`).
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,7 @@ _log = logging.getLogger(__name__)
 
 
 class Turns(Protocol):
-    """A video, or whatever else needs the engine; all methods are called by the worker's thread."""
+    """A video, or whatever else needs the engine; its methods are called by one thread at a time."""
 
     def due(self) -> float:
         """When its next turn is due, in seconds of the monotonic clock.
@@ -33,19 +37,23 @@ class Turns(Protocol):
 class Worker:
     """Runs turns until it is stopped; of those that are due, the one that has waited longest is next."""
 
-    def __init__(self) -> None:
-        self._ring: deque[Turns] = deque()
+    def __init__(self, threads: int = 1) -> None:
+        """`threads`: turns that are taken side by side, of different videos."""
+        self._ring: deque[Turns] = deque()  # but for those whose turn it is
         self._changed = Condition()
         self._stopping = False
-        self._thread = Thread(target=self._work, name="engine", daemon=True)
+        self._threads = [
+            Thread(target=self._work, name=f"engine-{i}", daemon=True) for i in range(threads)
+        ]
 
     def start(self) -> None:
         """Begin; what was added before is not forgotten."""
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
 
     @property
     def is_alive(self) -> bool:
-        return self._thread.is_alive()
+        return all(thread.is_alive() for thread in self._threads)
 
     def add(self, turns: Turns) -> None:
         """Let `turns` take part; from any thread."""
@@ -56,15 +64,19 @@ class Worker:
     def wake(self) -> None:
         """Something may be due that was not; from any thread."""
         with self._changed:
-            self._changed.notify()
+            self._changed.notify_all()
 
     def stop(self) -> None:
-        """End all videos after the block that is being made, and the thread."""
+        """End all videos after the blocks that are being made, and the threads."""
         with self._changed:
             self._stopping = True
-            self._changed.notify()
-        if self._thread.ident is not None:
-            self._thread.join()
+            self._changed.notify_all()
+        if self._threads[0].ident is None:
+            return
+        for thread in self._threads:
+            thread.join()
+        while self._ring:
+            self._ring.popleft().end(AsdError("the server stops"))
 
     def _work(self) -> None:
         while (turns := self._next()) is not None:
@@ -76,15 +88,13 @@ class Worker:
             except Exception as failure:  # the others' videos must go on
                 _log.exception("a video failed")
                 goes_on, error = False, AsdError(f"unexpected {type(failure).__name__}")
-            if not goes_on:
-                with self._changed:
-                    self._ring.remove(turns)
+            if goes_on:
+                self.add(turns)
+            else:
                 turns.end(error)
-        for turns in self._ring:
-            turns.end(AsdError("the server stops"))
 
     def _next(self) -> Turns | None:
-        """Wait until something is due, and put it at the ring's end; None when stopping."""
+        """Wait until something is due, and take it out of the ring; None when stopping."""
         with self._changed:
             while not self._stopping:
                 now = monotonic()
@@ -94,7 +104,6 @@ class Worker:
                     last = soonest if soonest == -math.inf else now
                     turns = next(turns for due, turns in dues if due <= last)
                     self._ring.remove(turns)
-                    self._ring.append(turns)
                     return turns
                 self._changed.wait(None if soonest == math.inf else soonest - now)
         return None

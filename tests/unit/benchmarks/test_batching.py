@@ -58,7 +58,11 @@ def test_the_command_on_two_videos(
     (row,) = report["rows"]
     assert row["videos"] == 2
     assert row["error"] < 1e-5, "each video gets what it gets alone"
-    assert 0 < row["gain_low"] <= row["gain"] <= row["gain_high"]
+    for way in batching.WAYS:
+        gain = row[way]["gain"]
+        assert 0 < gain["low"] <= gain["value"] <= gain["high"]
+        assert row[way]["ms"] > 0
+    assert row[batching.TURNS]["gain"]["value"] == 1
     assert (tmp_path / "batching.md").read_text() in capsys.readouterr().out
     assert batching.main(["--videos", "1", "--out", str(tmp_path)]) == 1
     assert "--videos must be at least 2" in capsys.readouterr().err

@@ -102,3 +102,50 @@ def test_stopping_ends_all() -> None:
     worker.stop()
     assert not worker.is_alive
     assert str(sleeper.error) == "the server stops"
+
+
+class Meeting(Counting):
+    """Its turns begin together with another's, or not at all."""
+
+    def __init__(self, name: str, turns: int, log: list[str], barrier: threading.Barrier) -> None:
+        super().__init__(name, turns, log)
+        self.barrier, self.running = barrier, threading.Lock()
+
+    def turn(self) -> bool:
+        assert self.running.acquire(blocking=False), "one thread at a time"
+        try:
+            self.barrier.wait(10)
+            return super().turn()
+        finally:
+            self.running.release()
+
+
+def test_side_by_side_each_thread_has_a_video_of_its_own() -> None:
+    worker, log, barrier = Worker(2), [], threading.Barrier(2)
+    videos = [Meeting(name, 20, log, barrier) for name in "ab"]
+    for video in videos:
+        worker.add(video)
+    worker.start()
+    assert all(video.ended.wait(10) for video in videos)
+    worker.stop()
+    assert [video.error for video in videos] == [None, None]
+    assert log.count("a") == log.count("b") == 20
+
+
+def test_more_threads_than_videos_wait_and_stop() -> None:
+    worker, log = Worker(3), []
+    sleeper, other = Counting("sleeper", 1, log), Counting("other", 5, log)
+    sleeper.at = math.inf
+    worker.add(sleeper)
+    worker.start()
+    worker.add(other)
+    assert other.ended.wait(10)
+    sleeper.at = time.monotonic()
+    worker.wake()
+    assert sleeper.ended.wait(10)
+    late = Counting("late", 1, log)
+    late.at = math.inf
+    worker.add(late)
+    worker.stop()
+    assert not worker.is_alive
+    assert str(late.error) == "the server stops"
