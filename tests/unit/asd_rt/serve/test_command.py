@@ -35,11 +35,13 @@ def test_others_need_a_token(capsys) -> None:
 
 def test_all_that_is_wrong_is_said_at_once(capsys) -> None:
     flags = ("--sessions", "0", "--port", "x", "--latent-size", "3x4", "--refresh-every", "-1")
+    flags += ("--workers", "0")
     code, lines = refused(capsys, *flags)
     assert code == 2
     assert [line.split()[2] for line in lines] == [
         "--port",
         "--sessions",
+        "--workers",
         "--latent-size",
         "--refresh-every",
     ]
@@ -50,3 +52,12 @@ def test_a_port_that_is_taken(capsys) -> None:
         code, lines = refused(capsys, "--port", str(taken.getsockname()[1]))
     assert (code, len(lines)) == (1, 1)
     assert "choose another --port" in lines[0]
+
+
+def test_more_workers_than_threads_and_a_card_that_is_not_there(capsys) -> None:
+    code, lines = refused(capsys, "--port", "0", "--threads", "2", "--workers", "3")
+    assert (code, len(lines)) == (1, 1)
+    assert "there are 2 threads to share" in lines[0]
+    code, lines = refused(capsys, "--port", "0", "--device", "cuda")
+    assert (code, len(lines)) == (1, 1)
+    assert "cuda" in lines[0].lower()
