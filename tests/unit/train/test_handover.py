@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from asd_rt.errors import ConfigError
-from tests.unit.train.toy import toy_start, toy_toml
-from train.config import TrainConfig, load_config
+from tests.unit.train.toy import SHIPPED, toy_start, toy_toml
+from train.config import TrainConfig, fingerprint, load_config
 from train.handover import STAGE, check_pair, hand_on, take_up
 
 
@@ -67,3 +67,12 @@ def test_a_causal_start_belongs_to_its_teacher(
     check_pair(teacher, init)
     with pytest.raises(ConfigError, match="made from another teacher"):
         check_pair(replace(teacher, sha256="0" * 64), init)
+
+
+def test_the_start_that_is_at_hand_fits_the_shipped_recipe() -> None:
+    """`--teacher` and `--init` of the README."""
+    config, folder = load_config(SHIPPED), SHIPPED.parents[1] / "tiny_start"
+    teacher, init = (take_up(folder / stage, stage, config) for stage in ("teacher", "init"))
+    check_pair(teacher, init)
+    for stage, found in (("teacher", teacher), ("init", init)):
+        assert found.origin["fingerprint"] == fingerprint(config, 0, stage)
