@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from asd_rt.schedule import Schedule
+from asd_rt.schedule import MAX_STEPS, Schedule
 from train.config import TrainConfig
 from train.data import Data
 from train.distill_task import Share, Task, draw_step
@@ -42,6 +42,7 @@ from train.scoring import (
 from train.selection import Selection
 from train.stage import Stage
 
+SEPARATION_RATE = 0.1  # of its running average
 Figures = dict[str, list[Tensor]]
 
 
@@ -81,9 +82,14 @@ class DistillStage(Stage):
         self.clip = (settings.batch, config.clip_frames, model.in_dim, height, width)
         context = (settings.batch, model.text_len, model.text_dim)
         self.replays = {number: Replay(self.clip, context) for number in parallel.shares}
+        # By plan, how far the discriminator tells n-step clips from (n+1)-step ones: 0 by chance, 1 always.
+        self.separation = {name: 0.0 for n in range(1, MAX_STEPS) for name in (f"{n}", f"{n}*")}
 
     def step(self, index: int) -> dict[str, float]:
         figures = self.parallel.average(self.advance(index))
+        if "apart" in figures:
+            plan = _plan_name(figures["n"], figures["enhanced"])
+            self.separation[plan] += SEPARATION_RATE * (figures["apart"] - self.separation[plan])
         if self.selection is not None and self.selection.due(index + 1, self.steps):
             figures |= self.selection.look(index + 1, self.ema.values)
         return figures
@@ -98,8 +104,11 @@ class DistillStage(Stage):
         task, shares = draw_step(
             self.config, self.data, self.seed, self.name, index, parallel.shares
         )
-        figures: Figures = {"loss": [], "disc": [], "critic": []}
-        pulls = _Pulls(self.networks.student, settings.asd_ratio, parallel)
+        figures: Figures = {"loss": [], "disc": [], "apart": [], "critic": []}
+        # By norms alone, what a discriminator that tells nothing apart says would count as much as DMD.
+        separation = self.separation.get(_plan_name(task.n, task.enhanced), 0.0)
+        ratio = settings.asd_ratio * max(0.0, separation)
+        pulls = _Pulls(self.networks.student, ratio, parallel)
         for share in shares:
             self._pull(task, share, pulls, figures)
         pulls.apply()
@@ -115,6 +124,7 @@ class DistillStage(Stage):
         return {
             "loss": means.pop("loss"),
             "n": torch.tensor(float(task.n), device=parallel.device),
+            "enhanced": torch.tensor(float(task.enhanced), device=parallel.device),
             "grad_norm": norm,
             **means,
         }
@@ -170,7 +180,10 @@ class DistillStage(Stage):
             if target is not None:
                 real_t = noisy_latents(target[:, task.first : task.first + window], noise, sigma)
                 pair = read_pair(networks, x_t, real_t, sigma, contexts.score, task.n)
-                (push,) = torch.autograd.grad(self._asd_loss(pair), clip)
+                loss, apart = self._asd_loss(pair)
+                figures["apart"].append(apart)
+                if pulls.ratio:
+                    (push,) = torch.autograd.grad(loss, clip)
         figures["loss"].append(gradient.abs().mean())
         pulls.add(x, pull, push)
         if pair is not None:
@@ -180,11 +193,14 @@ class DistillStage(Stage):
     def _remember(self, share: Share, x: Tensor) -> None:
         self.replays[share.number].append(x.cpu(), share.contexts.score)
 
-    def _asd_loss(self, pair: Pair) -> Tensor:
+    def _asd_loss(self, pair: Pair) -> tuple[Tensor, Tensor]:
+        """The generator's loss, and how far the discriminator tells its pairs apart: -1..1, 0 by chance."""
         discriminator = self.networks.discriminator
         with torch.no_grad():
             real = discriminator(pair.real, pair.steps, pair.sigma)
-        return asd_generator_loss(discriminator(pair.fake, pair.steps, pair.sigma), real)
+        fake = discriminator(pair.fake, pair.steps, pair.sigma)
+        apart = (real - fake.detach()).sign().double().mean()
+        return asd_generator_loss(fake, real), apart
 
     def _discriminator_loss(self, pair: Pair, context: Tensor, share: Share) -> Tensor:
         """Add the discriminator's gradient: of its relativistic loss, and of R1 and R2."""
@@ -219,6 +235,7 @@ class DistillStage(Stage):
         chosen = {} if self.selection is None else {"selection": self.selection.state()}
         return {
             **chosen,
+            "separation": torch.tensor(list(self.separation.values()), dtype=torch.float64),
             "networks": {k: m.state_dict() for k, m in self.trained.items()},
             "optimizers": {
                 k: optimizer_state(o, self.trained[k]) for k, o in self.optimizers.items()
@@ -232,10 +249,16 @@ class DistillStage(Stage):
             network.load_state_dict(state["networks"][name])
             load_optimizer_state(self.optimizers[name], network, state["optimizers"][name])
         self.ema.values = state["ema"]
+        self.separation = dict(zip(self.separation, state["separation"].tolist(), strict=True))
         for number, replay in self.replays.items():
             replay.load(state["replay"][str(number)])
         if self.selection is not None:
             self.selection.load(state["selection"])
+
+
+def _plan_name(steps: float, enhanced: float) -> str:
+    """As in tables: 1 is one step a block, 1* the same behind a first block of 4."""
+    return f"{steps:.0f}{'*' if enhanced else ''}"
 
 
 class _Pulls:
@@ -248,7 +271,7 @@ class _Pulls:
 
     def __init__(self, student: torch.nn.Module, ratio: float, parallel: Parallel) -> None:
         self._parameters = list(student.parameters())
-        self._ratio, self._parallel = ratio, parallel
+        self.ratio, self._parallel = ratio, parallel
         self._count = len(parallel.shares)
         self._waiting: list[tuple[Tensor, Tensor, Tensor | None]] = []
         self._pushed: list[Tensor | None] = [None] * len(self._parameters)
@@ -276,7 +299,7 @@ class _Pulls:
         weight = None
         if self._norms:
             pulls, pushes = (self._parallel.norm(norms) for norms in zip(*self._norms, strict=True))
-            weight = self._ratio * pulls / pushes.clamp_min(1e-12)
+            weight = self.ratio * pulls / pushes.clamp_min(1e-12)
         for x, pull, push in self._waiting:
             if push is not None:
                 pull = pull + weight * push

@@ -142,3 +142,45 @@ def test_a_students_update_reaches_the_student_alone(
     for done in rollouts:
         tensors = [done.latents, done.last_inputs, *(x for kv in done.kv for x in kv)]
         assert not any(x.requires_grad or x.grad_fn is not None for x in tensors)
+
+
+def test_asd_counts_as_far_as_its_discriminator_tells_clips_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By norms alone, a discriminator that tells nothing apart would push as strongly as DMD pulls."""
+    toml = toy_toml(tmp_path)
+    toy_start(tmp_path, toml)
+    config = load_config(toml)
+    folders = {name: tmp_path / name for name in ("teacher", "init")}
+    stage = _make_stage("distill", World(config, tmp_path, 0, folders))
+    assert isinstance(stage, DistillStage)
+    stage.selection = None
+    assert set(stage.separation) == {"1", "1*", "2", "2*", "3", "3*"}
+    student = list(stage.networks.student.parameters())
+    seen: list[float] = []
+    apply = distill._Pulls.apply
+
+    def watched_apply(pulls) -> None:
+        ((x, pull, push),) = pulls._waiting
+        wanted = pull
+        if push is not None:
+            wanted = pull + pulls.ratio * pull.norm() / push.norm() * push
+        grads = torch.autograd.grad((x * wanted).sum(), student, retain_graph=True)
+        apply(pulls)
+        for parameter, grad in zip(student, grads, strict=True):
+            torch.testing.assert_close(parameter.grad, grad)
+        seen.append(pulls.ratio)
+        assert (push is None) == (pulls.ratio == 0)
+
+    monkeypatch.setattr(distill._Pulls, "apply", watched_apply)
+    for separation in (-0.5, 0.0, 0.5):
+        for index in range(1, 5):
+            stage.separation = dict.fromkeys(stage.separation, separation)
+            figures = stage.step(index)
+            plan = f"{figures['n']:.0f}" + "*" * int(figures["enhanced"])
+            expected = dict.fromkeys(stage.separation, separation)
+            if "apart" in figures:
+                expected[plan] += 0.1 * (figures["apart"] - separation)
+            assert stage.separation == pytest.approx(expected)
+    assert set(seen[:8]) == {0.0}
+    assert set(seen[8:]) <= {0.0, 0.5 * config.distill.asd_ratio} and max(seen[8:]) > 0
