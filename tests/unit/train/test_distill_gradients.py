@@ -101,17 +101,23 @@ def test_last_passes_have_the_derivative_with_cache_and_inputs_fixed(model: WanM
     assert found.item() == pytest.approx(expected.item(), rel=1e-3)
 
 
+def toy_stage(folder: Path) -> DistillStage:
+    """The recipe's distillation at toy size, at its beginning."""
+    toml = toy_toml(folder)
+    toy_start(folder, toml)
+    config = load_config(toml)
+    folders = {name: folder / name for name in ("teacher", "init")}
+    stage = _make_stage("distill", World(config, folder, 0, folders))
+    assert isinstance(stage, DistillStage)
+    stage.selection = None
+    return stage
+
+
 def test_a_students_update_reaches_the_student_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Never the teacher, the critic, the discriminator, an (n+1)-step target or a cached key."""
-    toml = toy_toml(tmp_path)
-    toy_start(tmp_path, toml)
-    config = load_config(toml)
-    folders = {name: tmp_path / name for name in ("teacher", "init")}
-    stage = _make_stage("distill", World(config, tmp_path, 0, folders))
-    assert isinstance(stage, DistillStage)
-    stage.selection = None
+    stage = toy_stage(tmp_path)
     networks = stage.networks
     others = [*networks.critic.parameters(), *networks.discriminator.parameters()]
     rollouts, checked = [], []
@@ -148,13 +154,7 @@ def test_asd_counts_as_far_as_its_discriminator_tells_clips_apart(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By norms alone, a discriminator that tells nothing apart would push as strongly as DMD pulls."""
-    toml = toy_toml(tmp_path)
-    toy_start(tmp_path, toml)
-    config = load_config(toml)
-    folders = {name: tmp_path / name for name in ("teacher", "init")}
-    stage = _make_stage("distill", World(config, tmp_path, 0, folders))
-    assert isinstance(stage, DistillStage)
-    stage.selection = None
+    stage = toy_stage(tmp_path)
     assert set(stage.separation) == {"1", "1*", "2", "2*", "3", "3*"}
     student = list(stage.networks.student.parameters())
     seen: list[float] = []
@@ -183,4 +183,4 @@ def test_asd_counts_as_far_as_its_discriminator_tells_clips_apart(
                 expected[plan] += 0.1 * (figures["apart"] - separation)
             assert stage.separation == pytest.approx(expected)
     assert set(seen[:8]) == {0.0}
-    assert set(seen[8:]) <= {0.0, 0.5 * config.distill.asd_ratio} and max(seen[8:]) > 0
+    assert set(seen[8:]) <= {0.0, 0.5 * stage.config.distill.asd_ratio} and max(seen[8:]) > 0
