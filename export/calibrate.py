@@ -10,21 +10,9 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
 from asd_rt.manifest import Manifest
 from asd_rt.planner import is_large, pass_parameters
-from export.quantize import (
-    INT8,
-    NO_WISH,
-    SMOOTHED,
-    Format,
-    Scheme,
-    Wish,
-    fake_quantize,
-    quantize_weight,
-)
+from export.quantize import INT8, NO_WISH, Format, Scheme, Wish
 from export.reference import TorchDenoiser
 from export.rollouts import LARGEST, SMALL, count_passes, play_rollouts
 from export.simulate import (
@@ -35,17 +23,11 @@ from export.simulate import (
     Ranked,
     Simulated,
     layers_of,
-    watched,
 )
+from export.smoothing import find_ranges
 from train.checkpoint import Checkpoint
 from train.model import WanModel
 
-# Of the largest input; what lies beyond is clipped.
-CLIPS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
-# How much of a channel's size goes from inputs into weights; 0 = nothing is moved at all.
-ALPHAS = (0.0, 0.35, 0.5, 0.65, 0.8, 0.9)
-SEEN_TOKENS = 256  # of a pass, to try clips and alphas on
-TINY = 1e-12
 COSTLY_WEIGHTS = 30e6  # of a pass, from which on it takes a second at the latents of a rollout
 log = logging.getLogger(__name__)
 
@@ -72,6 +54,9 @@ def choose_scheme(
         seed: of noise and prompts.
         wish: what is decided by hand.
         form: of 8 bits; "int8" stands for it.
+
+    Raises:
+        EngineError: an outlier channel leaves nothing of the others in int8; its layer is named.
     """
 
     def play(denoiser: TorchDenoiser, what: str, size: tuple[int, int] = LARGEST) -> None:
@@ -79,7 +64,7 @@ def choose_scheme(
 
     layers = [layer for layer in layers_of(model, form) if layer.name not in wish.keep]
     if wish.activations == "int8":
-        _find_ranges(layers, lambda what: play(TorchDenoiser(model), what))
+        find_ranges(layers, lambda what: play(TorchDenoiser(model), what))
 
     widened = not is_large(checkpoint.config)
     # Of hundreds of passes each is to be short.
@@ -203,86 +188,3 @@ def fewest(total: int, guess: int, holds: Callable[[int], bool]) -> int:
         if not too_few < count < enough:
             count = (too_few + enough) // 2
     return enough
-
-
-class _Sums:
-    """What rollouts told of the input of one layer, channel by channel."""
-
-    def __init__(self, layer: Layer) -> None:
-        self.weight = torch.cat([linear.weight for linear in layer.linears]).t()  # [in, out]
-        channels, self.form = len(self.weight), layer.form
-        self.largest = torch.zeros(channels)
-        self.squares = torch.zeros(channels)
-        self.tokens = 0
-        self.smoothed = layer.kind in SMOOTHED
-        self.divisors: list[Tensor | None] = []
-        self.errors = torch.zeros(0)
-
-    def see(self, x: Tensor) -> None:
-        """First look at inputs [..., in]."""
-        x = x.flatten(0, -2)
-        self.largest = torch.maximum(self.largest, x.abs().amax(dim=0))
-        self.squares += x.square().sum(dim=0)
-        self.tokens += len(x)
-
-    def prepare(self) -> None:
-        """Between the looks: what there is to try, and what each would cost in the weights."""
-        self.divisors = [self._divisor(alpha) for alpha in (ALPHAS if self.smoothed else (0.0,))]
-        self.reach, self.gains, lost = [], [], []
-        for divisor in self.divisors:
-            weight = self.weight if divisor is None else self.weight * divisor[:, None]
-            values, scale = quantize_weight(weight, self.form)
-            inputs = self.squares if divisor is None else self.squares / divisor.square()
-            error = (values.float() * scale - weight).square().sum(dim=1)
-            lost.append(float((error * inputs).sum() / max(1, self.tokens)))
-            largest = self.largest if divisor is None else self.largest / divisor
-            self.reach.append(max(float(largest.max()), TINY))
-            self.gains.append(weight.square().sum(dim=1))  # from an input's error to the output's
-        self.lost, self.errors, self.tried = lost, torch.zeros(len(lost), len(CLIPS)), 0
-
-    def _divisor(self, alpha: float) -> Tensor | None:
-        """float32 [in], of geometric mean 1; SmoothQuant, formula 4."""
-        if not alpha:
-            return None
-        inputs, weights = (
-            self.largest.clamp_min(TINY),
-            self.weight.abs().amax(dim=1).clamp_min(TINY),
-        )
-        log_size = alpha * inputs.log() - (1 - alpha) * weights.log()
-        # A channel that is always zero has no say in the mean, and may not go far from it.
-        log_size = (log_size - log_size.median()).clamp(-7, 7)
-        return log_size.exp()
-
-    def try_out(self, x: Tensor) -> None:
-        """Second look at inputs [..., in]: what each divisor and clip would cost.
-
-        Errors of channels are taken as independent, so that no product is needed.
-        """
-        x = x.flatten(0, -2)
-        x = x[:: -(-len(x) // SEEN_TOKENS)]
-        self.tried += len(x)
-        for i, divisor in enumerate(self.divisors):
-            y = x if divisor is None else x / divisor
-            scales = self.reach[i] / self.form.largest * torch.tensor(CLIPS)[:, None, None]
-            error = fake_quantize(y, scales, self.form) - y  # [clips, tokens, in]
-            self.errors[i] += (error.square().sum(dim=1) * self.gains[i]).sum(dim=1)
-
-    def choose(self, layer: Layer) -> None:
-        """Give the layer the divisor and the scale that cost least."""
-        total = self.errors / max(1, self.tried) + torch.tensor(self.lost)[:, None]
-        best, clip = divmod(int(total.argmin()), len(CLIPS))
-        layer.divisor = self.divisors[best]
-        layer.scale = self.reach[best] * CLIPS[clip] / layer.form.largest
-
-
-def _find_ranges(layers: list[Layer], play: Callable[[str], None]) -> None:
-    """Scale and divisor of every layer, from two looks at the same rollouts."""
-    sums = {layer: _Sums(layer) for layer in layers}
-    with watched(layers, lambda layer, x: sums[layer].see(x)):
-        play("ranges")
-    for seen in sums.values():
-        seen.prepare()
-    with watched(layers, lambda layer, x: sums[layer].try_out(x)):
-        play("smoothing")
-    for layer, seen in sums.items():
-        seen.choose(layer)

@@ -169,6 +169,10 @@ def run_stage(
 
     Returns:
         whether the stage is at its end.
+
+    Raises:
+        ConfigError: the newest checkpoint is of another configuration or seed.
+        CheckpointError: it is damaged, or another version's.
     """
     parallel, checkpoints, start = stage.parallel, Checkpoints(run_dir, stage.name, sharded), 0
     found = checkpoints.latest()
@@ -179,7 +183,13 @@ def run_stage(
                 f"{path}: made with another configuration or seed; use another --out, or delete {run_dir}"
             )
         start = int(mark["step"])
-        stage.load(checkpoints.load(path, stage.state() if sharded else {}))
+        try:
+            stage.load(checkpoints.load(path, stage.state() if sharded else {}))
+        except KeyError as error:
+            raise CheckpointError(
+                f"{path}: holds no {error}, so another version of this code saved it; resume with that "
+                "version, or delete the file to train the stage again"
+            ) from error
         if start < stage.steps and parallel.first:
             log.info("%s: resumed at step %d of %d", stage.name, start, stage.steps)
     if start >= stage.steps:

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 import asd_rt
 from asd_rt.backends.base import FloatArray
 from asd_rt.config import ModelConfig
+from asd_rt.errors import EngineError
 from asd_rt.schedule import Schedule
 from export.build import main
 from export.calibrate import choose_scheme
@@ -91,12 +92,27 @@ def test_the_layer_that_int8_spoils_gets_its_inputs_back(student: Path) -> None:
     settings = resolve(checkpoint, Overrides(), FixedPlan(1, 4))
     manifest = make_manifest(checkpoint, settings, "int8", "onnx", NO_PARTS)
     model = checkpoint.build_model()
-    with torch.no_grad():  # one huge channel that nothing reads: its range drowns all others
-        model.blocks[0].ffn[0].weight[0], model.blocks[0].ffn[0].bias[0] = 0, 1e4
+    with torch.no_grad():  # one large channel that nothing reads: its range drowns all others
+        model.blocks[0].ffn[0].weight[0], model.blocks[0].ffn[0].bias[0] = 0, 100
         model.blocks[0].ffn[2].weight[:, 0] = 0
     alone = choose_scheme(checkpoint, model, manifest, 10.0).figures["simulated_pass"]
     scheme = choose_scheme(checkpoint, model, manifest, alone / 2)
     assert scheme.weight_only == ("blocks.0.ffn.down",) and not scheme.kept
+
+
+def test_outlier_channels_fail_with_every_layer_and_what_to_do(student: Path) -> None:
+    checkpoint = load_checkpoint(student)
+    settings = resolve(checkpoint, Overrides(), FixedPlan(1, 4))
+    manifest = make_manifest(checkpoint, settings, "int8", "onnx", NO_PARTS)
+    model = checkpoint.build_model()
+    with torch.no_grad():
+        model.blocks[0].ffn[0].weight[3], model.blocks[0].ffn[0].bias[3] = 0, 1e4
+    named = r"blocks\.0\.ffn\.down \(input channel 3 reaches 1e\+04, \d+ times the middle one\)"
+    with pytest.raises(EngineError, match=f"{named}.*--keep-layers blocks.0.ffn.down$"):
+        choose_scheme(checkpoint, model, manifest, 10.0)
+    for wish in (Wish(("blocks.0.ffn.down",)), Wish(activations="float")):
+        assert choose_scheme(checkpoint, model, manifest, 10.0, wish=wish)
+    assert choose_scheme(checkpoint, model, manifest, 10.0, form=FP8).input_scales  # a float
 
 
 def test_layers_are_kept_by_hand(student: Path) -> None:
@@ -251,8 +267,8 @@ def test_an_engine_is_built_and_played(
         assert not stored
 
 
-def test_an_engine_with_an_outlier_channel_names_the_layer_and_holds_its_budget(
-    student: Path, tmp_path: Path
+def test_an_outlier_channel_fails_the_build_with_its_layer_which_can_then_be_kept(
+    student: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     checkpoint = load_checkpoint(student)
     model = checkpoint.build_model()
@@ -265,10 +281,15 @@ def test_an_engine_with_an_outlier_channel_names_the_layer_and_holds_its_budget(
         bad, checkpoint.config, model.state_dict(), told, checkpoint.codec, checkpoint.table
     )
     words = ["--checkpoint", str(bad), "--target", "onnx", "--precision", "int8"]
-    assert main([*words, "--out", str(tmp_path)]) == 0
-    manifest = json.loads((tmp_path / "asd_int8.onnx.json").read_text())
-    figures = manifest["parity"]["int8"]
-    assert "blocks.0.ffn.down" in (*figures["weight_only"], *figures["kept"])
+    out = tmp_path / "out"
+    out.mkdir()
+    assert main([*words, "--out", str(out)]) == 1
+    error = capsys.readouterr().err
+    assert "blocks.0.ffn.down (input channel 7 reaches" in error
+    assert not list(out.iterdir())
+    assert main([*words, "--out", str(out), "--keep-layers", "blocks.0.ffn.down"]) == 0
+    figures = json.loads((out / "asd_int8.onnx.json").read_text())["parity"]["int8"]
+    assert "blocks.0.ffn.down" in figures["kept"]
     assert figures["simulated_pass"] <= BUDGETS["int8"].simulated
 
 

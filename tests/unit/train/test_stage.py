@@ -116,6 +116,17 @@ def test_a_damaged_checkpoint_is_one_line(tmp_path: Path) -> None:
         run_stage(Counter(), tmp_path, "a")
 
 
+def test_a_checkpoint_that_lacks_a_part_of_the_state_is_one_line(tmp_path: Path) -> None:
+    stage = Counter()
+    run_stage(stage, tmp_path, "a")
+    file = tmp_path / "counter.pt"
+    save_torch({"fingerprint": "a", "step": 3, "stage": {}}, file)
+    whole = file.read_bytes()
+    with pytest.raises(CheckpointError, match=r"counter\.pt: holds no 'count', so another version"):
+        run_stage(Counter(), tmp_path, "a")
+    assert file.read_bytes() == whole
+
+
 def test_a_failed_save_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "x.pt"
     save_torch({"value": 1}, path)
