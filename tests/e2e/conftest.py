@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 PROMPT = "a red three moving up and left"
-TIMEOUT_S = 300
+TIMEOUT_S = 600
 SMALLER = {"dim": 48, "ffn_dim": 96, "num_heads": 2, "num_layers": 2}
 
 
