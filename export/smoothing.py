@@ -52,8 +52,9 @@ def _check_outliers(sums: Mapping[Layer, _Sums]) -> None:
         largest = seen.largest if layer.divisor is None else seen.largest / layer.divisor
         used = largest[largest > TINY]
         if not layer.form.dtype.is_floating_point and len(used) and used.median() < layer.scale:
+            channel = int(largest.argmax())
             found[layer.name] = (
-                f"{layer.name} (input channel {int(largest.argmax())} reaches {seen.largest.max():.3g}, "
+                f"{layer.name} (input channel {channel} reaches {seen.largest[channel]:.3g}, "
                 f"{float(largest.max() / used.median()):.0f} times the middle one)"
             )
     if found:
