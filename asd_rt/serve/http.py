@@ -18,6 +18,9 @@ from asd_rt.serve.service import Service
 from asd_rt.serve.uploads import UploadsFull
 
 BODY_S = 15.0  # for a whole body to arrive
+DISCARDED_BYTES = (
+    64 << 20
+)  # of a body that is too large, read so that its sender gets to reading the answer
 PAGE = {
     "/": ("index.html", "text/html"),
     "/app.js": ("app.js", "text/javascript"),
@@ -183,16 +186,25 @@ async def _body(request: Request, most: int) -> bytes:
     """
     too_large = BodyError(413, f"a body of more than {most} bytes")
     told = request.headers.get("content-length", "")
-    if told.isdecimal() and int(told) > most:
-        raise too_large
-    parts, size = [], 0
+    refused = told.isdecimal() and int(told) > most
+    if refused and "expect" in request.headers:
+        raise too_large  # it waits to hear this before it sends
+    parts: list[bytes] = []
+    size = 0
     try:
         async with asyncio.timeout(BODY_S):
             async for part in request.stream():
                 size += len(part)
-                if size > most:
-                    raise too_large
-                parts.append(part)
+                refused = refused or size > most
+                if size > DISCARDED_BYTES:
+                    break
+                if refused:
+                    parts.clear()
+                else:
+                    parts.append(part)
     except TimeoutError as error:
-        raise BodyError(408, f"the body took more than {BODY_S:g} s to arrive") from error
+        if not refused:
+            raise BodyError(408, f"the body took more than {BODY_S:g} s to arrive") from error
+    if refused:
+        raise too_large
     return b"".join(parts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import time
 from io import BytesIO
 from typing import Any
@@ -85,8 +86,23 @@ def test_a_wrong_request_is_answered_in_one_line(server: Server, body: Any, said
     assert "\n" not in found["error"]["message"]
 
 
-def test_bodies_have_a_limit(server: Server) -> None:
-    assert call(server, "/v1/videos", bytes(20_000))[0] == 413
+@pytest.mark.parametrize(("path", "size"), [("/v1/videos", 20_000), ("/v1/uploads", 30_000_000)])
+def test_bodies_have_a_limit_and_their_sender_hears_of_it(
+    server: Server, path: str, size: int
+) -> None:
+    status, found = call(server, path, bytes(size))
+    assert status == 413
+    assert "a body of more than" in found["error"]["message"]
+
+
+def test_who_asks_first_sends_no_large_body(server: Server) -> None:
+    head = (
+        f"POST /v1/uploads HTTP/1.1\r\nHost: 127.0.0.1:{server.port}\r\n"
+        "Content-Length: 30000000\r\nExpect: 100-continue\r\n\r\n"
+    )
+    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as link:
+        link.sendall(head.encode())
+        assert link.recv(4096).startswith(b"HTTP/1.1 413 ")
 
 
 def picture(kind: str, **more: Any) -> bytes:
