@@ -17,6 +17,7 @@ from torch import Tensor
 from asd_rt.config import CacheConfig
 from asd_rt.kv_cache import attended_frames
 from asd_rt.schedule import MAX_STEPS, Schedule
+from train.compiled import compiled
 from train.config import TrainConfig
 from train.data import Data
 from train.losses import (
@@ -71,8 +72,7 @@ class InitStage(Stage):
         self.config, self.seed, self.data, self.parallel = config, seed, data, parallel
         self.steps = config.init.steps
         self.model = network
-        compiled = config.compile and parallel.mesh is None
-        self.denoise = torch.compile(self._flow, dynamic=False) if compiled else self._flow
+        self.denoise = compiled(self._flow, config, parallel)
         self.optimizer = MuonAdam(network, config.init.muon_lr, config.init.adam_lr)
         self.ema = Ema(network, config.init.ema)
         self.levels = torch.tensor(

@@ -42,6 +42,12 @@ def make_rope(
     return torch.from_numpy(cos).to(device), torch.from_numpy(sin).to(device)
 
 
+def clip_rope(config: ModelConfig, latents: Tensor) -> Rope:
+    """Tables of latents [B, F, C, h, w] whose first frame is frame 0."""
+    token_hw = (latents.shape[3] // 2, latents.shape[4] // 2)
+    return make_rope(config, range(latents.shape[1]), token_hw, latents.device)
+
+
 def sinusoid(freq_dim: int, timesteps: Tensor) -> Tensor:
     """[cos, sin] features of timesteps (0..1000), [...] -> float64 [..., freq_dim]."""
     half = freq_dim // 2
@@ -289,19 +295,21 @@ class WanModel(nn.Module):
         x = self.head(x, embedding).view(batch, frames, rows, columns, 2, 2, self.config.out_dim)
         return x.permute(0, 1, 6, 2, 4, 3, 5).reshape(batch, frames, -1, height, width), new
 
-    def forward(self, latents: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
+    def forward(
+        self, latents: Tensor, timesteps: Tensor, context: Tensor, rope: Rope | None = None
+    ) -> Tensor:
         """Bidirectional pass over a whole clip (teacher, critic).
 
         Args:
             latents: [B, F, C, h, w].
             timesteps: [B, F], 0..1000.
             context: [B, tokens, text_dim].
+            rope: from `clip_rope`, where it is not to be made here (a compiled graph).
 
         Returns:
             flow [B, F, C, h, w].
         """
-        token_hw = (latents.shape[3] // 2, latents.shape[4] // 2)
-        rope = make_rope(self.config, range(latents.shape[1]), token_hw, latents.device)
+        rope = clip_rope(self.config, latents) if rope is None else rope
         flow, _ = self.denoise(
             latents, self.embed_time(timesteps), self.embed_prompt(context), rope
         )

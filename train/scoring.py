@@ -20,7 +20,7 @@ from train.losses import (
     noise_levels,
     shifted_sigma,
 )
-from train.model import WanModel, make_rope
+from train.model import WanModel, clip_rope
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,14 +70,12 @@ def predict(
     Returns:
         flow float32 [B, F, C, h, w], and the discriminator's features if they are asked for.
     """
-    token_hw = (x_t.shape[3] // 2, x_t.shape[4] // 2)
-    rope = make_rope(model.config, range(x_t.shape[1]), token_hw, x_t.device)
     collected: list[Tensor] = []
     flow, _ = model.denoise(
         x_t,
         model.embed_time(1000 * sigma),
         model.embed_prompt(context),
-        rope,
+        clip_rope(model.config, x_t),
         features=collected if features else None,
     )
     layers = feature_layers(model.config.num_layers)

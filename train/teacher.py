@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 
+from train.compiled import compiled
 from train.config import TrainConfig
 from train.data import Data
 from train.losses import flow_matching_loss, noise_levels, noisy_latents, shifted_sigma
-from train.model import WanModel
+from train.model import WanModel, clip_rope
 from train.muon import MuonAdam
 from train.optimizers import Ema, warmup_cosine
 from train.parallel import SINGLE, Parallel
@@ -32,8 +33,7 @@ class TeacherStage(Stage):
         self.config, self.seed, self.data, self.parallel = config, seed, data, parallel
         self.steps = config.teacher.steps
         self.model = network
-        compiled = config.compile and parallel.mesh is None
-        self.forward = torch.compile(network, dynamic=False) if compiled else network
+        self.forward = compiled(network, config, parallel)
         self.optimizer = MuonAdam(network, config.teacher.muon_lr, config.teacher.adam_lr)
         self.ema = Ema(network, config.teacher.ema)
 
@@ -57,7 +57,8 @@ class TeacherStage(Stage):
             x0 = x0.to(device)
             with self.parallel.autocast():
                 x_t = noisy_latents(x0, noise, sigma)
-                flow = self.forward(x_t, 1000 * sigma, context.to(device))
+                rope = clip_rope(self.model.config, x_t)
+                flow = self.forward(x_t, 1000 * sigma, context.to(device), rope)
             loss = flow_matching_loss(flow, x0, noise)
             (loss / len(shares)).backward()
             losses.append(loss.detach())
