@@ -29,11 +29,13 @@ class Linear(nn.Module):
         # A view where it can be one: a large network must not be in memory twice.
         whole = layers[0].weight if len(layers) == 1 else torch.cat([y.weight for y in layers])
         weight = whole.detach().t()
-        if choice.divisor is not None:
-            weight = weight * choice.divisor[:, None]
-        self.weight = (
-            Quantized(weight, dtype, choice.form) if choice.int8 else nn.Parameter(weight.to(dtype))
-        )
+        self.weight: Quantized | nn.Parameter
+        if choice.int8:
+            self.weight = Quantized(weight, dtype, choice)
+        else:
+            if choice.divisor is not None:
+                weight = weight * choice.divisor[:, None]
+            self.weight = nn.Parameter(weight.to(dtype))
         self.input: QuantizedInput | None = None
         if choice.input_scale is not None:
             self.input = QuantizedInput(choice.input_scale, dtype, choice.form)

@@ -23,6 +23,7 @@ from export.simulate import (
     Ranked,
     Simulated,
     layers_of,
+    watched,
 )
 from export.smoothing import find_ranges
 from train.checkpoint import Checkpoint
@@ -65,6 +66,9 @@ def choose_scheme(
     layers = [layer for layer in layers_of(model, form) if layer.name not in wish.keep]
     if wish.activations == "int8":
         find_ranges(layers, lambda what: play(TorchDenoiser(model), what))
+    else:
+        with watched(layers, Layer.observe):
+            play(TorchDenoiser(model), "covariances")
 
     widened = not is_large(checkpoint.config)
     # Of hundreds of passes each is to be short.
@@ -126,6 +130,11 @@ def _scheme(
             if layer.name in scales and layer.divisor is not None
         },
         form=form,
+        covariances={
+            layer.name: layer.covariance
+            for layer in layers
+            if layer in levels and layer.covariance is not None
+        },
     )
 
 

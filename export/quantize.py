@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.onnx import ops
 
 from asd_rt.errors import ConfigError
+from export.gptq import round_compensated
 
 LEVELS = 127
 # What a block multiplies by weights: name in an engine -> linear layers of `train.model.Block`, side by side.
@@ -101,6 +102,7 @@ class Choice:
         divisor: float32 [in], what its input comes divided by; the weights are multiplied by it.
         wide: in float32, whatever the engine's type is.
         form: of its 8 bits; "int8" stands for it.
+        covariance: of its input, to round weights by; None = to the nearest.
     """
 
     int8: bool = False
@@ -108,6 +110,16 @@ class Choice:
     divisor: Tensor | None = None
     wide: bool = False
     form: Format = INT8
+    covariance: Tensor | None = None
+
+    def quantized(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """`weight` [in, out] of a linear layer in 8 bits, as `quantize_weight`, with `divisor` in it."""
+        covariance, divisor = self.covariance, self.divisor
+        if divisor is not None:
+            weight = weight * divisor[:, None]
+            if covariance is not None:
+                covariance = covariance / (divisor[:, None] * divisor)
+        return quantize_weight(weight, self.form, covariance)
 
 
 PLAIN = Choice()
@@ -125,6 +137,7 @@ class Scheme:
         divisors: float32 [in] of smoothed layers, see `Choice`.
         wide: layers in float32, worst first.
         form: of 8 bits; "int8" stands for it.
+        covariances: of the inputs of layers with int8 weights, see `Choice`.
     """
 
     input_scales: Mapping[str, float] = field(default_factory=dict)
@@ -134,6 +147,7 @@ class Scheme:
     divisors: Mapping[str, Tensor] = field(default_factory=dict)
     wide: tuple[str, ...] = ()
     form: Format = INT8
+    covariances: Mapping[str, Tensor] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """What a manifest says of it."""
@@ -144,6 +158,7 @@ class Scheme:
             "weight_only": list(self.weight_only),
             "kept": list(self.kept),
             "smoothed": list(self.divisors),
+            "compensated_layers": len(self.covariances),
             **self.figures,
         }
 
@@ -155,14 +170,30 @@ class Scheme:
         """Choice for layer `name`."""
         scale = self.input_scales.get(name)
         int8 = scale is not None or name in self.weight_only
-        return Choice(int8, scale, self.divisors.get(name), name in self.wide, self.form)
+        return Choice(
+            int8,
+            scale,
+            self.divisors.get(name),
+            name in self.wide,
+            self.form,
+            self.covariances.get(name),
+        )
 
 
-def quantize_weight(weight: Tensor, form: Format = INT8) -> tuple[Tensor, Tensor]:
-    """[in, out] -> (`form` [in, out], scales float32 [out]); a channel of zeros has scale 1."""
-    scale = weight.detach().float().abs().amax(dim=0) / form.largest
+def quantize_weight(
+    weight: Tensor, form: Format = INT8, covariance: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """[in, out] -> (`form` [in, out], scales float32 [out]); a channel of zeros has scale 1.
+
+    `covariance` [in, in] of the inputs: products with them are to come out best. Else weights are rounded to
+    the nearest, as fp8's always are.
+    """
+    weight = weight.detach().float()
+    scale = weight.abs().amax(dim=0) / form.largest
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-    return form.round(weight.detach().float() / scale), scale
+    if covariance is None or form.dtype.is_floating_point:
+        return form.round(weight / scale), scale
+    return round_compensated(weight, scale, covariance, form.largest).to(form.dtype), scale
 
 
 def fake_quantize(x: Tensor, scale: float | Tensor, form: Format = INT8) -> Tensor:
@@ -177,12 +208,12 @@ class Quantized(nn.Module):
     scale: Tensor
     zero: Tensor
 
-    def __init__(self, weight: Tensor, dtype: torch.dtype, form: Format = INT8) -> None:
+    def __init__(self, weight: Tensor, dtype: torch.dtype, choice: Choice) -> None:
         super().__init__()
-        values, scale = quantize_weight(weight, form)
+        values, scale = choice.quantized(weight)
         self.register_buffer("values", values)
         self.register_buffer("scale", scale.to(dtype))
-        self.register_buffer("zero", torch.zeros(len(scale)).to(form.dtype))
+        self.register_buffer("zero", torch.zeros(len(scale)).to(choice.form.dtype))
 
     def forward(self) -> Tensor:
         """The weight, in floating point."""

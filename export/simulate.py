@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from asd_rt.backends.base import FloatArray
+from export.gptq import observe
 from export.metrics import relative_l2
-from export.quantize import INT8, LAYERS, Format, fake_quantize, quantize_weight
+from export.quantize import INT8, LAYERS, Choice, Format, fake_quantize
 from export.reference import TorchDenoiser
 from train.model import WanModel
 
@@ -29,6 +30,7 @@ class Layer:
     """One product of the network, with the input scale and divisor that were chosen for it.
 
     Attributes:
+        covariance: of its inputs, float32 [in, in], where they were looked at and are not too many.
         errors: worst of a pass with this layer alone at each level.
     """
 
@@ -37,9 +39,27 @@ class Layer:
     scale: float = 0.0
     divisor: Tensor | None = None
     form: Format = INT8
+    covariance: Tensor | None = None
 
     def __post_init__(self) -> None:
         self.errors: dict[Level, float] = {"int8": 0.0, "weights": 0.0}
+        self._made: dict[tuple[nn.Linear, Level], tuple[Tensor, Tensor]] = {}
+
+    def observe(self, x: Tensor) -> None:
+        """Take inputs [..., in] into the covariance; fp8 has no use for it."""
+        if not self.form.dtype.is_floating_point:
+            self.covariance = observe(self.covariance, x)
+
+    def choice(self, level: Level) -> Choice:
+        """How it is computed at `level`."""
+        scale, divisor = (self.scale, self.divisor) if level == "int8" else (None, None)
+        return Choice(True, scale, divisor, form=self.form, covariance=self.covariance)
+
+    def quantized(self, linear: nn.Linear, level: Level) -> tuple[Tensor, Tensor]:
+        """Weight [in, out] of one of its linears in 8 bits and its scales, made once: that takes a while."""
+        if (linear, level) not in self._made:
+            self._made[linear, level] = self.choice(level).quantized(linear.weight.t())
+        return self._made[linear, level]
 
     def note(self, level: Level, error: float) -> None:
         """Remember the error of a pass with this layer alone at `level`."""
@@ -113,10 +133,8 @@ class Simulated:
         # A large network is not to be in memory twice more.
         kept: dict[Level, Callable[[], Tensor]] = {}
 
-        def quantized(level: Level, divisor: Tensor | None) -> Callable[[], Tensor]:
-            weight = linear.weight.t()
-            whole = weight if divisor is None else weight * divisor[:, None]
-            values, scale = quantize_weight(whole, layer.form)
+        def quantized(level: Level) -> Callable[[], Tensor]:
+            values, scale = layer.quantized(linear, level)
             if not self._widened:
                 return lambda: (values.float() * scale).t()
             wide = (values.float() * scale).t().contiguous()
@@ -126,11 +144,12 @@ class Simulated:
             level = self.levels.get(layer)
             if level is None:
                 return None
-            x, divisor = inputs[0], layer.divisor if level == "int8" else None
             if level not in kept:
-                kept[level] = quantized(level, divisor)
+                kept[level] = quantized(level)
+            x = inputs[0]
             if level == "int8":
-                x = fake_quantize(x if divisor is None else x / divisor, layer.scale, layer.form)
+                x = x if layer.divisor is None else x / layer.divisor
+                x = fake_quantize(x, layer.scale, layer.form)
             return F.linear(x, kept[level](), linear.bias)
 
         return compute

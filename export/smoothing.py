@@ -24,7 +24,7 @@ TINY = 1e-12
 
 
 def find_ranges(layers: list[Layer], play: Callable[[str], None]) -> None:
-    """Give every layer the scale and the divisor of its input.
+    """Give every layer the scale and the divisor of its input, and its inputs' covariance.
 
     Args:
         layers: of a network.
@@ -34,10 +34,15 @@ def find_ranges(layers: list[Layer], play: Callable[[str], None]) -> None:
         EngineError: an outlier channel leaves nothing of the others in int8; its layer is named.
     """
     sums = {layer: _Sums(layer) for layer in layers}
-    with watched(layers, lambda layer, x: sums[layer].see(x)):
+
+    def look(layer: Layer, x: Tensor) -> None:
+        sums[layer].see(x)
+        layer.observe(x)
+
+    with watched(layers, look):
         play("ranges")
-    for seen in sums.values():
-        seen.prepare()
+    for layer, seen in sums.items():
+        seen.prepare(layer)
     with watched(layers, lambda layer, x: sums[layer].try_out(x)):
         play("smoothing")
     for layer, seen in sums.items():
@@ -84,7 +89,7 @@ class _Sums:
         self.squares += x.square().sum(dim=0)
         self.tokens += len(x)
 
-    def prepare(self) -> None:
+    def prepare(self, layer: Layer) -> None:
         """Between the looks: what there is to try, and what each would cost in the weights."""
         self.divisors = [self._divisor(alpha) for alpha in (ALPHAS if self.smoothed else (0.0,))]
         self.reach, self.gains, lost = [], [], []
@@ -97,7 +102,16 @@ class _Sums:
             largest = self.largest if divisor is None else self.largest / divisor
             self.reach.append(max(float(largest.max()), TINY))
             self.gains.append(weight.square().sum(dim=1))  # from an input's error to the output's
+        if self.smoothed and layer.covariance is not None:
+            share = self._loss(layer, layer.covariance) / max(lost[0], TINY)
+            lost = [share * error for error in lost]
         self.lost, self.errors, self.tried = lost, torch.zeros(len(lost), len(CLIPS)), 0
+
+    def _loss(self, layer: Layer, covariance: Tensor) -> float:
+        """What weights cost as they are really rounded, with nothing moved into them."""
+        values, scale = layer.choice("weights").quantized(self.weight)
+        error = values.float() * scale - self.weight
+        return float((error * (covariance @ error)).sum() / max(1, self.tokens))
 
     def _divisor(self, alpha: float) -> Tensor | None:
         """float32 [in], of geometric mean 1; SmoothQuant, formula 4."""
