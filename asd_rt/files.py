@@ -49,6 +49,21 @@ def check_writable(path: str | Path, flag: str) -> None:
         ) from error
 
 
+def make_folder(path: Path, flag: str = "--out") -> None:
+    """Make the folder `path` that `flag` names, and check that results can be written there.
+
+    Raises:
+        OutputError: they cannot.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(
+            f"{flag} {path}: cannot be made ({error.strerror}); choose another folder"
+        ) from error
+    check_writable(path / "results", flag)
+
+
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """A temporary name beside `path` to write to; it becomes `path` when the block ends well.

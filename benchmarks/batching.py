@@ -28,12 +28,11 @@ from numpy.typing import NDArray
 
 from asd_rt import timing
 from asd_rt.errors import AsdError, ConfigError, EngineError
-from asd_rt.files import replacing
+from asd_rt.files import make_folder, replacing
 from asd_rt.machine import usable_cores
 from asd_rt.plan import FixedPlan
 from asd_rt.progress import Progress
 from asd_rt.rope import rope_table
-from benchmarks.latency import make_folder
 from benchmarks.sizes import SIZES, random_checkpoint
 from export.build import default_checkpoint
 from export.lowering import LOWERINGS

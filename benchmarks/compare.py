@@ -26,14 +26,13 @@ import numpy as np
 import asd_rt
 from asd_rt import timing
 from asd_rt.errors import AsdError
-from asd_rt.files import replacing
+from asd_rt.files import make_folder, replacing
 from asd_rt.machine import bf16_instructions, usable_cores
 from asd_rt.noise import gaussian
 from asd_rt.plan import FixedPlan
 from asd_rt.progress import Progress
 from asd_rt.session import Session
 from benchmarks.compare_plot import save_plot
-from benchmarks.latency import make_folder
 from benchmarks.sizes import SIZES, random_checkpoint
 from benchmarks.torch_loop import WAYS, torch_engine
 from export.build import default_checkpoint

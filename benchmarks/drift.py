@@ -28,11 +28,11 @@ from torch import Tensor
 import asd_rt
 from asd_rt import timing
 from asd_rt.errors import ConfigError
+from asd_rt.files import make_folder
 from asd_rt.progress import Progress
 from asd_rt.session import Session
 from benchmarks.contact_sheet import Row, draw_sheet
 from benchmarks.judge import NAMES, shipped_judge
-from benchmarks.latency import make_folder
 from benchmarks.latency_plot import GRID, INK, SOFT_INK
 from benchmarks.scaling import resident_bytes
 from benchmarks.tiny_report import contexts, make_parser, origin, run, to_pixels, write

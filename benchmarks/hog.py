@@ -31,12 +31,11 @@ import asd_rt
 from asd_rt import timing
 from asd_rt.deadline import check_deadline
 from asd_rt.errors import AsdError
-from asd_rt.files import replacing
+from asd_rt.files import make_folder, replacing
 from asd_rt.machine import affinity_cpus
 from asd_rt.progress import Progress
 from asd_rt.schedule import MAX_STEPS
 from asd_rt.session import Session
-from benchmarks.latency import make_folder
 from benchmarks.latency_plot import GRID, INK, SOFT_INK
 
 RECOVERY_BLOCKS = 5  # that the plan may take after the hog

@@ -15,8 +15,8 @@ from typing import Any
 
 import asd_rt
 from asd_rt.bench import measure
-from asd_rt.errors import AsdError, OutputError
-from asd_rt.files import check_writable, replacing
+from asd_rt.errors import AsdError
+from asd_rt.files import make_folder, replacing
 from asd_rt.progress import Progress
 from asd_rt.session import Session
 from asd_rt.timing import markdown_table
@@ -120,21 +120,6 @@ def _count(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number >= 1, found {text}")
     return value
-
-
-def make_folder(path: Path) -> None:
-    """Make `path` and check that results can be written there.
-
-    Raises:
-        OutputError: they cannot.
-    """
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(
-            f"--out {path}: cannot be made ({error.strerror}); choose another folder"
-        ) from error
-    check_writable(path / "latency.json", "--out")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

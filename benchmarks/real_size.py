@@ -27,13 +27,12 @@ from safetensors.torch import save_file as save_torch
 from asd_rt import timing
 from asd_rt.config import CacheConfig, ModelConfig
 from asd_rt.errors import AsdError, EngineError
-from asd_rt.files import replacing
+from asd_rt.files import make_folder, replacing
 from asd_rt.manifest import read_manifest
 from asd_rt.plan import FixedPlan
 from asd_rt.planner import Video, plan_memory
 from asd_rt.progress import Progress
 from asd_rt.session import Session
-from benchmarks.latency import make_folder
 from benchmarks.torch_loop import WAYS, TorchLoopDenoiser
 from export.reference import TorchEngine
 from train.checkpoint import load_checkpoint, weight_shapes

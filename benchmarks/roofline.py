@@ -29,13 +29,12 @@ from asd_rt import joining, timing
 from asd_rt.backends.openvino import HALVED_PREFIXES, keep_keys_whole, to_bf16
 from asd_rt.engines import best_engine
 from asd_rt.errors import AsdError
-from asd_rt.files import replacing
+from asd_rt.files import make_folder, replacing
 from asd_rt.machine import bf16_instructions, usable_cores
 from asd_rt.manifest import Manifest, part_path, read_manifest
 from asd_rt.plan import FixedPlan
 from asd_rt.session import Session
 from benchmarks import loop_cost
-from benchmarks.latency import make_folder
 from benchmarks.sizes import SIZES, random_checkpoint
 from export.engine import Target, build_engine
 from export.settings import Overrides, resolve

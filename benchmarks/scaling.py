@@ -30,12 +30,11 @@ import numpy as np
 import asd_rt
 from asd_rt import timing
 from asd_rt.errors import AsdError
-from asd_rt.files import replacing
+from asd_rt.files import make_folder, replacing
 from asd_rt.machine import usable_cores
 from asd_rt.plan import FixedPlan
 from asd_rt.progress import Progress
 from asd_rt.session import Session
-from benchmarks.latency import make_folder
 from benchmarks.latency_plot import GRID, INK, SOFT_INK
 from benchmarks.sizes import random_checkpoint
 from export.engine import Target, build_engine

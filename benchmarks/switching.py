@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import asd_rt
+from asd_rt.files import make_folder
 from asd_rt.session import Session
 from benchmarks.contact_sheet import Row, draw_sheet
 from benchmarks.judge import NAMES, shipped_judge
-from benchmarks.latency import make_folder
 from benchmarks.tiny_report import contexts, make_parser, origin, run, to_pixels, write
 from train.judge import Judge, same_axes
 from train.scores import bootstrap

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from asd_rt.backends.base import Engine, FloatArray, open_backend
-from asd_rt.errors import BackendError, ConfigError, EngineError, OutputError
+from asd_rt.errors import BackendError, ConfigError, EngineError
+from asd_rt.files import make_folder
 from asd_rt.manifest import Manifest, late_parts, read_manifest, verify
 from asd_rt.planner import is_large
 from export.build import default_checkpoint
@@ -131,8 +132,8 @@ def report(args: argparse.Namespace) -> list[dict[str, Any]]:
     for flag, value in (("--blocks", args.blocks), ("--prompts", args.prompts)):
         if value < 0:
             raise ConfigError(f"{flag} must be 0 or more, found {value}")
-    if args.out is not None and not args.out.is_dir():
-        raise OutputError(f"--out {args.out}: no such folder; make it: mkdir -p {args.out}")
+    if args.out is not None:
+        make_folder(args.out)
     manifests = {path: read_manifest(path) for path in args.engine}
     checkpoint: Checkpoint = load_checkpoint(args.checkpoint or default_checkpoint())
     for path, manifest in manifests.items():

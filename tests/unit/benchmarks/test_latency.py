@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from asd_rt.timing import describe_machine, summarise, versions
-from benchmarks.latency import main, make_folder, markdown, write_report
+from benchmarks.latency import main, markdown, write_report
 
 
 @pytest.fixture
@@ -73,11 +73,6 @@ def test_one_block_can_be_drawn(report: dict[str, Any], tmp_path: Path) -> None:
     report["records"] = report["records"][:1]
     report["summary"] = summarise(report["records"])
     write_report(report, tmp_path)
-
-
-def test_folder_is_made(tmp_path: Path) -> None:
-    make_folder(tmp_path / "a" / "b")
-    assert (tmp_path / "a" / "b").is_dir()
 
 
 def test_bad_arguments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -294,7 +294,7 @@ def test_a_plan_without_its_card_is_told_of_as_it_was_built(
     ("words", "told"),
     [
         (["--checkpoint", "{student}", "--blocks", "-1"], "--blocks must be 0 or more"),
-        (["--checkpoint", "{student}", "--out", "/nowhere"], "mkdir -p /nowhere"),
+        (["--checkpoint", "{student}", "--out", "{engine}"], "cannot be made"),
         (["--checkpoint", "{bare}"], "was built from checkpoint student"),
         ([], "name it with --checkpoint"),
     ],
@@ -307,7 +307,7 @@ def test_mistakes_are_one_line(
     told: str,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    filled = [word.format(student=student, bare=bare_student) for word in words]
+    filled = [word.format(student=student, bare=bare_student, engine=engine) for word in words]
     assert main(["--engine", str(engine), *filled]) == 1
     output = capsys.readouterr()
     assert told in output.err
