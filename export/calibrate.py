@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
+from asd_rt.machine import give_back_memory
 from asd_rt.manifest import Manifest
 from asd_rt.planner import is_large, pass_parameters
 from export.quantize import INT8, NO_WISH, Format, Scheme, Wish
@@ -69,6 +70,7 @@ def choose_scheme(
     else:
         with watched(layers, Layer.observe):
             play(TorchDenoiser(model), "covariances")
+    give_back_memory()
 
     widened = not is_large(checkpoint.config)
     # Of hundreds of passes each is to be short.

@@ -140,6 +140,8 @@ def _fill(
     # A large network is measured at small latents, so its graphs leave the size open.
     latent_hw = None if large else settings.latent_hw
     modules = engine_parts(checkpoint, model, target.precision, latent_hw, lowering, scheme)
+    chosen = None if scheme is None else {target.precision: scheme.to_json()}
+    del scheme  # of a large network it holds gigabytes
     if large:  # its joined part would have the runtime hold all weights twice, to save little
         modules.pop("joined", None)
     file = scratch / f"asd_{target.precision}.weights"
@@ -162,8 +164,7 @@ def _fill(
              gate.worst_pass, gate.worst_rollout, parity["budget"]["pass"],
              parity["budget"]["rollout"], perf_counter() - began)  # fmt: skip
     accept(manifest.name, gate, allow_inaccurate)
-    if scheme is not None:
-        parity[target.precision] = scheme.to_json()
+    parity |= chosen or {}
     if not is_plan:
         speed = measure_speed(denoiser, manifest, scratch.parent)
         parity |= {} if speed is None else {"speed": speed}
@@ -173,6 +174,7 @@ def _fill(
     if not is_plan:
         return replace(manifest, parity=parity)
 
+    del model
     parts = compile_plans(scratch, target.file, settings, parts, target.gpus)
     file.unlink()
     told = f"{parity['measured_with']}, on the graphs that the plans were compiled from"

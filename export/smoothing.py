@@ -19,7 +19,7 @@ from export.simulate import Layer, watched
 CLIPS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
 # How much of a channel's size goes from inputs into weights; 0 = nothing is moved at all.
 ALPHAS = (0.0, 0.35, 0.5, 0.65, 0.8, 0.9)
-SEEN_TOKENS = 256  # of a pass, to try clips and alphas on
+SEEN_TOKENS = 64  # of a pass, to try clips and alphas on
 TINY = 1e-12
 
 
@@ -73,8 +73,7 @@ class _Sums:
     """What rollouts told of the input of one layer, channel by channel."""
 
     def __init__(self, layer: Layer) -> None:
-        self.weight = torch.cat([linear.weight for linear in layer.linears]).t()  # [in, out]
-        channels, self.form = len(self.weight), layer.form
+        channels, self.form = layer.linears[0].in_features, layer.form
         self.largest = torch.zeros(channels)
         self.squares = torch.zeros(channels)
         self.tokens = 0
@@ -91,10 +90,13 @@ class _Sums:
 
     def prepare(self, layer: Layer) -> None:
         """Between the looks: what there is to try, and what each would cost in the weights."""
-        self.divisors = [self._divisor(alpha) for alpha in (ALPHAS if self.smoothed else (0.0,))]
+        whole = torch.cat([linear.weight for linear in layer.linears]).t()  # [in, out]
+        tops = whole.abs().amax(dim=1).clamp_min(TINY)
+        alphas = ALPHAS if self.smoothed else (0.0,)
+        self.divisors = [self._divisor(alpha, tops) for alpha in alphas]
         self.reach, self.gains, lost = [], [], []
         for divisor in self.divisors:
-            weight = self.weight if divisor is None else self.weight * divisor[:, None]
+            weight = whole if divisor is None else whole * divisor[:, None]
             values, scale = quantize_weight(weight, self.form)
             inputs = self.squares if divisor is None else self.squares / divisor.square()
             error = (values.float() * scale - weight).square().sum(dim=1)
@@ -103,25 +105,21 @@ class _Sums:
             self.reach.append(max(float(largest.max()), TINY))
             self.gains.append(weight.square().sum(dim=1))  # from an input's error to the output's
         if self.smoothed and layer.covariance is not None:
-            share = self._loss(layer, layer.covariance) / max(lost[0], TINY)
+            share = self._loss(whole, layer, layer.covariance) / max(lost[0], TINY)
             lost = [share * error for error in lost]
         self.lost, self.errors, self.tried = lost, torch.zeros(len(lost), len(CLIPS)), 0
 
-    def _loss(self, layer: Layer, covariance: Tensor) -> float:
+    def _loss(self, whole: Tensor, layer: Layer, covariance: Tensor) -> float:
         """What weights cost as they are really rounded, with nothing moved into them."""
-        values, scale = layer.choice("weights").quantized(self.weight)
-        error = values.float() * scale - self.weight
+        values, scale = layer.choice("weights").quantized(whole)
+        error = values.float() * scale - whole
         return float((error * (covariance @ error)).sum() / max(1, self.tokens))
 
-    def _divisor(self, alpha: float) -> Tensor | None:
+    def _divisor(self, alpha: float, tops: Tensor) -> Tensor | None:
         """float32 [in], of geometric mean 1; SmoothQuant, formula 4."""
         if not alpha:
             return None
-        inputs, weights = (
-            self.largest.clamp_min(TINY),
-            self.weight.abs().amax(dim=1).clamp_min(TINY),
-        )
-        log_size = alpha * inputs.log() - (1 - alpha) * weights.log()
+        log_size = alpha * self.largest.clamp_min(TINY).log() - (1 - alpha) * tops.log()
         # A channel that is always zero has no say in the mean, and may not go far from it.
         log_size = (log_size - log_size.median()).clamp(-7, 7)
         return log_size.exp()
