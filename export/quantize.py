@@ -191,7 +191,8 @@ def quantize_weight(
     weight = weight.detach().float()
     scale = weight.abs().amax(dim=0) / form.largest
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-    if covariance is None or form.dtype.is_floating_point:
+    # Inputs that overflow are for the build's gate to name.
+    if covariance is None or form.dtype.is_floating_point or not covariance.isfinite().all():
         return form.round(weight / scale), scale
     return round_compensated(weight, scale, covariance, form.largest).to(form.dtype), scale
 

@@ -86,6 +86,12 @@ def test_covariances_add_up_and_wide_layers_have_none() -> None:
     assert observe(None, torch.ones(1, WIDEST + 1)) is None
 
 
+def test_inputs_that_overflowed_say_nothing() -> None:
+    weight = torch.randn((4, 3), generator=torch.Generator().manual_seed(0))
+    plain, _ = quantize_weight(weight)
+    assert torch.equal(plain, quantize_weight(weight, covariance=torch.full((4, 4), torch.inf))[0])
+
+
 def test_fp8_has_no_use_for_it() -> None:
     weight = torch.randn((40, 8), generator=torch.Generator().manual_seed(0))
     plain, _ = quantize_weight(weight, FP8)
