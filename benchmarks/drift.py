@@ -3,8 +3,8 @@
 python -m benchmarks.drift --blocks 10000 --videos 1 --refresh 0 8 --out out
 
 Videos of the tiny world, played by one stream in turns; every part of so many blocks is described by what the
-judge sees, by brightness, saturation and latents, and by time and memory. The judge is trained when it is not
-in OUT/judge yet. Times mean something on an idle machine only; the rest does not depend on it.
+judge sees, by brightness, saturation and latents, and by time and memory. The judge is trained when it is
+first needed. Times mean something on an idle machine only; the rest does not depend on it.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 python -m benchmarks.switching --out out           # 64 switches, with the cache kept and computed anew
 
-On the tiny world, whose judge says what three frames show. It is trained when it is not in OUT/judge
-yet, which takes a minute or so. Accuracy only: what else runs on the machine does not matter.
+On the tiny world, whose judge says what three frames show. It is trained when it is first needed, which
+takes a minute or so. Accuracy only: what else runs on the machine does not matter.
 """
 
 from __future__ import annotations
