@@ -81,7 +81,10 @@ def _parser() -> argparse.ArgumentParser:
         help="time between checkpoints (default 60; of real networks parallel.save_minutes says it)",
     )
     parser.add_argument(
-        "--threads", type=int, default=0, help="CPU threads (default: usable cores)"
+        "--threads",
+        type=int,
+        default=0,
+        help="CPU threads (default: $OMP_NUM_THREADS, else usable cores)",
     )
     parser.add_argument(
         "--dry-run",

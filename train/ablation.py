@@ -14,14 +14,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from asd_rt.errors import ConfigError, OutputError
-from asd_rt.machine import usable_cores
 from train.ablation_run import Ablation
 from train.command_line import Parser, exit_code
 from train.config import load_config
 from train.handover import take_up
+from train.threads import use_threads
 
 log = logging.getLogger("train.ablation")
 EXAMPLES = """examples:
@@ -69,7 +67,8 @@ def make_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="show cells done and left, and the time left; train nothing",
     )
-    add("--threads", type=int, default=0, metavar="N", help="CPU threads (default: usable cores)")
+    add("--threads", type=int, default=0, metavar="N",
+        help="CPU threads (default: $OMP_NUM_THREADS, else usable cores)")  # fmt: skip
     add("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
@@ -123,7 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     began = time.monotonic()
     args = make_parser().parse_args(arguments)
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
-    torch.set_num_threads(args.threads or usable_cores())
+    use_threads(args.threads)
 
     def work() -> None:
         ablation = open_ablation(args, began)

@@ -14,7 +14,6 @@ import torch
 from asd_rt import timing
 from asd_rt.errors import ConfigError, OutputError
 from asd_rt.files import replacing
-from asd_rt.machine import usable_cores
 from asd_rt.schedule import MAX_STEPS
 from train.command_line import Parser, exit_code
 from train.config import load_config
@@ -22,6 +21,7 @@ from train.evaluation import EXPLANATION, Evaluation, Row, make_plans, markdown
 from train.judge import load_judge, shipped_recipe
 from train.pictures import contact_sheet
 from train.samplers import EngineSubject, open_subject, open_teacher
+from train.threads import use_threads
 
 SHEET_CLIPS = 12
 log = logging.getLogger("train.evaluate")
@@ -88,7 +88,8 @@ def make_parser() -> argparse.ArgumentParser:
         action="store_true",
         help=f"a picture of each subject: {SHEET_CLIPS} prompts as rows, a column for every plan",
     )
-    add("--threads", type=int, default=0, metavar="N", help="CPU threads (default: usable cores)")
+    add("--threads", type=int, default=0, metavar="N",
+        help="CPU threads (default: $OMP_NUM_THREADS, else usable cores)")  # fmt: skip
     add("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
@@ -123,8 +124,7 @@ def evaluate(args: argparse.Namespace, command: str) -> list[Row]:
         )
     config = shipped_recipe() if args.config is None else load_config(args.config)
     frames = config.clip_frames if args.frames is None else args.frames
-    threads = args.threads or usable_cores()
-    torch.set_num_threads(threads)
+    threads = use_threads(args.threads)
     try:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from train.selection import Selection, held_out_share
 from train.stage import Checkpoints, Stage, load_torch, run_stage
 from train.student_card import write_student
 from train.teacher import TeacherStage
+from train.threads import use_threads
 from train.tiny_data import TinyData
 from train.tiny_world import TinyWorld, random_labels
 
@@ -58,7 +58,7 @@ def run(
         seed: of everything.
         stages: names out of STAGES.
         resume: go on with a run that `out` already holds.
-        threads: CPU threads, 0 = usable cores.
+        threads: CPU threads, 0 = as `use_threads` finds.
         command: for the model card.
         teacher: a finished one, as a run hands it on; its stage is not run.
         init: a causal start of that teacher; its stage is not run.
@@ -68,7 +68,7 @@ def run(
         ConfigError: `out` holds a run and `resume` is not set, or a stage's input is missing or does not fit.
         OutputError: `out` cannot be written.
     """
-    torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
+    use_threads(threads)
     if not resume and any(out.glob("*.pt")):
         raise ConfigError(
             f"{out} already holds a run; go on with it by --resume, or name another --out"

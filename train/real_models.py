@@ -24,6 +24,7 @@ from train.real_inputs import check_inputs, weight_sources
 from train.scoring import Networks, feature_layers
 from train.stage import Checkpoints, Stage, run_stage
 from train.teacher import TeacherStage
+from train.threads import use_threads
 
 log = logging.getLogger(__name__)
 STUDENT = "student"
@@ -71,7 +72,7 @@ def run(
 def _open_run(out: Path, resume: bool, threads: int, parallel: Parallel) -> None:
     """Make the run's folder, and share the processor's cores among the processes of this machine."""
     beside = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // beside))
+    use_threads(threads, beside)
     if not resume and any(out.glob("*/step_*")):
         raise ConfigError(
             f"{out} already holds a run; go on with it by --resume, or name another --out"

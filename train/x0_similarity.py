@@ -22,13 +22,13 @@ from tqdm import tqdm
 
 from asd_rt.errors import CheckpointError, ConfigError
 from asd_rt.files import check_writable, replacing
-from asd_rt.machine import usable_cores
 from asd_rt.schedule import MAX_STEPS
 from train.command_line import Parser, exit_code
 from train.judge import BATCH
 from train.rollout import rollout
 from train.samplers import Student, block_noise, first_noise, open_subject
 from train.scores import BOOTSTRAP
+from train.threads import use_threads
 from train.tiny_world import label_tokens, random_labels
 
 SHIPPED = Path(__file__).parent / "tiny_student"
@@ -157,12 +157,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--clips", type=int, default=128, help="default 128")
     parser.add_argument("--blocks", type=int, default=16, help="of a clip (default 16)")
     parser.add_argument(
-        "--threads", type=int, default=0, help="CPU threads (default: usable cores)"
+        "--threads",
+        type=int,
+        default=0,
+        help="CPU threads (default: $OMP_NUM_THREADS, else usable cores)",
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(arguments)
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
-    torch.set_num_threads(args.threads or usable_cores())
+    use_threads(args.threads)
     return exit_code(lambda: compare(args), args.debug, "nothing half-written is left")
 
 

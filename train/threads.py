@@ -1,0 +1,26 @@
+"""How many threads PyTorch computes with."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from asd_rt.machine import usable_cores
+
+
+def use_threads(wanted: int = 0, beside: int = 1) -> int:
+    """Compute with `wanted` threads.
+
+    Args:
+        wanted: threads; 0 = $OMP_NUM_THREADS, or without it the usable cores.
+        beside: processes that share this machine's cores.
+
+    Returns:
+        how many it is.
+    """
+    told = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    told_threads = int(told) if told.isdecimal() else 0
+    threads = wanted or told_threads or max(1, usable_cores() // beside)
+    torch.set_num_threads(threads)
+    return threads
