@@ -39,10 +39,19 @@ def test_cleans(prompt, cleaned) -> None:
 
 
 @given(st.text())
-def test_blanks_never_matter(text) -> None:
+def test_blanks_are_single_and_within(text) -> None:
     cleaned = clean_prompt(text)
     assert cleaned == " ".join(cleaned.split())
-    assert clean_prompt(f"  {text}\n") == cleaned
+
+
+# Of accented letters ftfy guesses by what stands around them whether they were read in a wrong encoding.
+ASCII = st.characters(max_codepoint=0x7F)
+CHINESE = st.characters(min_codepoint=0x4E00, max_codepoint=0x9FFF)
+
+
+@given(st.text(ASCII | CHINESE))
+def test_blanks_around_never_matter(text) -> None:
+    assert clean_prompt(f"  {text}\n") == clean_prompt(text)
 
 
 @pytest.mark.parametrize("prompt", [None, 3, b"a cat", "a \ud800 cat"])
