@@ -14,13 +14,14 @@ def use_threads(wanted: int = 0, beside: int = 1) -> int:
 
     Args:
         wanted: threads; 0 = $OMP_NUM_THREADS, or without it the usable cores.
-        beside: processes that share this machine's cores.
+        beside: processes that share this machine's cores; with more than one the variable says nothing, as
+            torchrun sets it to 1 unasked.
 
     Returns:
         how many it is.
     """
     told = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
     told_threads = int(told) if told.isdecimal() else 0
-    threads = wanted or told_threads or max(1, usable_cores() // beside)
+    threads = wanted or (told_threads if beside == 1 else 0) or max(1, usable_cores() // beside)
     torch.set_num_threads(threads)
     return threads

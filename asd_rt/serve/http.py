@@ -18,9 +18,7 @@ from asd_rt.serve.service import Service
 from asd_rt.serve.uploads import UploadsFull
 
 BODY_S = 15.0  # for a whole body to arrive
-DISCARDED_BYTES = (
-    64 << 20
-)  # of a body that is too large, read so that its sender gets to reading the answer
+DISCARDED_BYTES = 64 << 20  # read of a body that is too large, so that its sender hears so
 PAGE = {
     "/": ("index.html", "text/html"),
     "/app.js": ("app.js", "text/javascript"),

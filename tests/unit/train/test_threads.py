@@ -27,6 +27,8 @@ def as_before() -> Iterator[None]:
         (0, "", 1, usable_cores()),
         (0, "many", 1, usable_cores()),
         (0, "", 1000, 1),
+        (0, "7", 2, max(1, usable_cores() // 2)),
+        (3, "7", 2, 3),
     ],
 )
 def test_they_are_as_asked_told_or_found(
