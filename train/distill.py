@@ -172,14 +172,16 @@ class DistillStage(Stage):
             x = last_passes(student, self.config.cache, done, prompt, task.first, window)
             clip = x.detach().requires_grad_()
             x_t = noisy_latents(clip, noise, sigma)
-            gradient = teacher_gradient(
-                networks, clip.detach(), x_t.detach(), sigma, contexts, settings.guidance
-            )
+            # DMD takes the flow of this pass, ASD its features, with gradient where it counts.
+            with torch.set_grad_enabled(target is not None and pulls.ratio > 0):
+                cond, fake = predict(networks.teacher, x_t, sigma, contexts.score, features=True)
+            seen = (clip.detach(), x_t.detach(), sigma, contexts, cond.detach())
+            gradient = teacher_gradient(networks, *seen, settings.guidance)
             (pull,) = torch.autograd.grad(dmd_loss(clip, gradient), clip)
             push = pair = None
             if target is not None:
                 real_t = noisy_latents(target[:, task.first : task.first + window], noise, sigma)
-                pair = read_pair(networks, x_t, real_t, sigma, contexts.score, task.n)
+                pair = read_pair(networks, x_t, fake, real_t, sigma, contexts.score, task.n)
                 loss, apart = self._asd_loss(pair)
                 figures["apart"].append(apart)
                 if pulls.ratio:

@@ -151,7 +151,8 @@ def _memory(
     teacher = config.teacher_model or config.model
     frames, batch = config.distill.frames, config.distill.batch
     tokens = latent_hw[0] * latent_hw[1] // 4
-    cache = batch * frames * tokens * config.model.num_layers * 2 * config.model.dim * HALF
+    cached = batch * (frames - config.cache.block_frames) * tokens  # the last block is seen by none
+    cache = cached * config.model.num_layers * 2 * config.model.dim * HALF
     # One layer at a time is computed again, and all that it saves is there then.
     layer = measured[False].saved / min(config.model.num_layers, teacher.num_layers)
     return Memory(

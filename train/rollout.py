@@ -33,7 +33,8 @@ class Rollout:
         latents: x0 of every block, [B, F, C, h, w].
         last_inputs: what the last denoising pass of every block saw, [B, F, C, h, w].
         last_steps: the schedule step of that pass, one a block.
-        kv: cached keys and values of all frames, per layer [F * tokens of a frame, B, heads, head_dim].
+        kv: cached keys and values of all frames but the last block's, which no block sees: per layer [tokens,
+            B, heads, head_dim], without layers where there is one block.
         positions: the frame index that RoPE used for each frame.
     """
 
@@ -92,8 +93,8 @@ def rollout(
             )
         return times[timestep]
 
-    for block in range(frames // block_frames):
-        start = block * block_frames
+    for start in range(0, frames, block_frames):
+        block = start // block_frames
         span = slice(start, start + block_frames)
         rope = make_rope(model.config, positions[span], token_hw, noise.device)
         past = None
@@ -115,6 +116,8 @@ def rollout(
             last_inputs[:, span] = x
             last_steps.append(plan[-1])
         latents[:, span] = x0
+        if start + block_frames == frames:
+            break
         _, new = model.denoise(x0, time_of(0.0), prompt, rope, past)
         kv = (
             [
@@ -182,9 +185,10 @@ def last_passes(
         rope = make_rope(model.config, positions[span], token_hw, device)
         return model.denoise(inputs[:, span], time, prompt, rope, past, mask)[0]
 
-    if frames * tokens * (len(done.positions) + frames) * tokens <= LARGEST_MASK:
-        mask = attention_mask(cache, len(done.positions), first, frames, tokens).to(device)
-        flow = flow_of(slice(0, frames), done.kv, mask)
+    cached = len(done.positions) - size
+    if frames * tokens * (cached + frames) * tokens <= LARGEST_MASK:
+        mask = attention_mask(cache, cached, first, frames, tokens).to(device)
+        flow = flow_of(slice(0, frames), done.kv or None, mask)
     else:
         flows = []
         for begin in range(0, frames, size):

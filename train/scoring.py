@@ -99,26 +99,31 @@ def score_levels(config: TrainConfig, generator: torch.Generator) -> Tensor:
 
 @torch.no_grad()
 def teacher_gradient(
-    networks: Networks, x: Tensor, x_t: Tensor, sigma: Tensor, contexts: Contexts, guidance: float
+    networks: Networks,
+    x: Tensor,
+    x_t: Tensor,
+    sigma: Tensor,
+    contexts: Contexts,
+    cond: Tensor,
+    guidance: float,
 ) -> Tensor:
-    """The DMD gradient of clips x [B, F, C, h, w], noised to x_t."""
-    both, _ = predict(
-        networks.teacher,
-        torch.cat([x_t, x_t]),
-        torch.cat([sigma, sigma]),
-        torch.cat([contexts.score, contexts.negative]),
-    )
+    """The DMD gradient of clips x [B, F, C, h, w], noised to x_t, whose flow by the teacher is `cond`."""
+    uncond, _ = predict(networks.teacher, x_t, sigma, contexts.negative)
     fake, _ = predict(networks.critic, x_t, sigma, contexts.score)
-    cond, uncond = both.chunk(2)
     flow = guided_x0(cond, uncond, guidance)
     return dmd_gradient(x, flow_to_x0(fake, x_t, sigma), flow_to_x0(flow, x_t, sigma))
 
 
 def read_pair(
-    networks: Networks, fake_t: Tensor, real_t: Tensor, sigma: Tensor, context: Tensor, n: int
+    networks: Networks,
+    fake_t: Tensor,
+    fake: list[Tensor],
+    real_t: Tensor,
+    sigma: Tensor,
+    context: Tensor,
+    n: int,
 ) -> Pair:
-    """The teacher's features of an n-step clip (with gradient) and an (n+1)-step clip, both noised."""
-    _, fake = predict(networks.teacher, fake_t, sigma, context, features=True)
+    """An n-step clip with the teacher's features `fake` of it, and an (n+1)-step clip, both noised."""
     with torch.no_grad():
         _, real = predict(networks.teacher, real_t, sigma, context, features=True)
     steps = torch.full((len(sigma),), n, device=sigma.device)

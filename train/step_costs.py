@@ -66,7 +66,8 @@ class _MetaStage(DistillStage):
         batch, _, *frame = self.clip
         noise = torch.empty(batch, len(task.positions), *frame, device=META)
         last = [self.schedule.steps(count)[-1] for count in task.plan(steps)]
-        kv = _cache(self.networks.student.config, batch, len(task.positions), self.data.latent_hw)
+        cached = len(task.positions) - task.block_frames
+        kv = _cache(self.networks.student.config, batch, cached, self.data.latent_hw)
         return Rollout(noise, noise, last, kv, task.positions)
 
     def _remember(self, share: Share, x: Tensor) -> None:
@@ -157,7 +158,9 @@ def _stage(
     for model in models:
         parallel.prepare(model)
     networks = Networks(models[0], models[1], discriminator, models[2])
-    return _MetaStage(config, 0, _Nothing(config, latent_hw), networks, parallel)
+    stage = _MetaStage(config, 0, _Nothing(config, latent_hw), networks, parallel)
+    stage.separation = dict.fromkeys(stage.separation, 1.0)  # so that ASD pushes, which takes more
+    return stage
 
 
 def only_steps(config: TrainConfig, n: int) -> TrainConfig:
@@ -228,8 +231,12 @@ class Measured:
     def flops(self, task: Task, updates: int) -> float:
         """Products of a step."""
         rollouts = [task.plan(task.n), *([task.plan(task.n + 1)] if task.use_asd else [])]
-        # A pass a denoising step, and one that fills the cache.
-        passes = sum((n + 1) * one for plan in rollouts for n, one in zip(plan, self.passes))  # noqa: B905
+        passes = sum(
+            # A pass a denoising step, and one that fills the cache for the blocks after it.
+            (n + (block + 1 < len(plan))) * self.passes[block]
+            for plan in rollouts
+            for block, n in enumerate(plan)
+        )
         return passes + (self.asd if task.use_asd else self.plain) + (updates - 1) * self.critic
 
 

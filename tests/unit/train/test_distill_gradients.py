@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -148,6 +149,41 @@ def test_a_students_update_reaches_the_student_alone(
     for done in rollouts:
         tensors = [done.latents, done.last_inputs, *(x for kv in done.kv for x in kv)]
         assert not any(x.requires_grad or x.grad_fn is not None for x in tensors)
+
+
+@pytest.mark.parametrize("separation", [0.0, 0.5])
+@pytest.mark.parametrize(
+    ("weights", "passes"),
+    [((1.0, 0.0, 0.0, 0.0), 4), ((0.0, 0.0, 0.0, 1.0), 2)],
+    ids=["asd", "n=4"],
+)
+def test_dmd_and_asd_share_the_teachers_pass_over_a_clip(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    weights: tuple[float, ...],
+    passes: int,
+    separation: float,
+) -> None:
+    """With and without the prompt for DMD; for ASD further the (n+1)-step clip, and both shaken.
+
+    The one that ASD pushes through keeps its graph, if ASD pushes at all.
+    """
+    stage = toy_stage(tmp_path)
+    settings = replace(stage.config.distill, step_weights=weights, asd_warmup=0)
+    stage.config = replace(stage.config, distill=settings)
+    stage.separation = dict.fromkeys(stage.separation, separation)
+    teacher, clips, graphs = stage.networks.teacher, [], []
+    denoise = teacher.denoise
+
+    def counted(latents: Tensor, *arguments, **named):
+        clips.append(len(latents) // settings.batch)
+        graphs.append(torch.is_grad_enabled())
+        return denoise(latents, *arguments, **named)
+
+    monkeypatch.setattr(teacher, "denoise", counted)
+    stage.step(0)
+    assert sorted(clips) == [1, 1, 1, 2][:passes]
+    assert sum(graphs) == (1 if passes == 4 and separation else 0)
 
 
 def test_asd_counts_as_far_as_its_discriminator_tells_clips_apart(

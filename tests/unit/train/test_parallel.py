@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -34,21 +33,16 @@ def alone(config: Path, out: Path, *flags: str) -> Curve:
 
 
 def together(config: Path, out: Path, *flags: str) -> Curve:
-    """Two processes under torchrun."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command += [
-        "--master-port",
-        str(port),
+    """Two processes under torchrun, which finds itself a free port."""
+    command = [
+        sys.executable,
         "-m",
-        "train",
-        "--config",
-        str(config),
-        "--out",
-        str(out),
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
     ]
+    command += ["-m", "train", "--config", str(config), "--out", str(out)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [*command, *flags], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240

@@ -100,3 +100,24 @@ def test_mask_shows_the_window_and_the_own_block() -> None:
     rows = [sorted(torch.nonzero(row).flatten().tolist()) for row in mask]
     assert rows[0] == rows[1] == [0, 2, 3, 8, 9]
     assert rows[2] == rows[3] == [0, 4, 5, 10, 11]
+
+
+@pytest.mark.parametrize("plan", [[2], [4, 1, 2]], ids=str)
+def test_keys_that_no_block_sees_are_not_made(
+    model: WanModel, monkeypatch: pytest.MonkeyPatch, plan: list[int]
+) -> None:
+    cache, frames = CACHES[0], 3 * len(plan)
+    noise = torch.randn(1, frames, 4, 4, 4)
+    prompt = model.embed_prompt(torch.randn(1, 5, 8))
+    passes, denoise = [], model.denoise
+
+    def counted(*arguments, **named):
+        passes.append(arguments)
+        return denoise(*arguments, **named)
+
+    monkeypatch.setattr(model, "denoise", counted)
+    done = rollout(model, cache, SCHEDULE, noise, prompt, plan, noise_of)
+    assert len(passes) == sum(plan) + len(plan) - 1
+    tokens = (frames - cache.block_frames) * 4
+    assert [len(layer.k) for layer in done.kv] == [tokens] * (len(model.blocks) if tokens else 0)
+    torch.testing.assert_close(last_passes(model, cache, done, prompt, 0, frames), done.latents)
