@@ -12,7 +12,8 @@ from typing import Any
 
 import train
 from asd_rt.config import ModelConfig
-from asd_rt.errors import AsdError, BackendError, ConfigError, EngineError
+from asd_rt.errors import AsdError, BackendError, ConfigError
+from asd_rt.files import make_folder
 from asd_rt.memory_report import memory_report, memory_text
 from asd_rt.plan import FixedPlan, count_blocks
 from asd_rt.planner import USUAL_LATENT_HW, Video
@@ -29,7 +30,6 @@ from train.checkpoint import Checkpoint, describe_checkpoint, load_checkpoint
 from train.command_line import exit_code
 from train.vae_weights import load_codec
 
-DEFAULT_OUT = Path("engines")
 log = logging.getLogger("export")
 
 
@@ -97,22 +97,6 @@ def _present_targets() -> tuple[str, ...]:
         return NO_CARD_TARGETS
 
 
-def _output_folder(out: Path | None) -> Path:
-    folder = DEFAULT_OUT if out is None else out
-    if folder.exists() and not folder.is_dir():
-        raise EngineError(f"--out {folder}: is not a folder; name another")
-    if not folder.exists():
-        if out is not None:
-            raise EngineError(f"--out {folder}: no such folder; make it: mkdir -p {folder}")
-        try:
-            folder.mkdir()
-        except OSError as error:
-            raise EngineError(
-                f"{folder}: cannot be made ({error.strerror}); name another with --out"
-            ) from error
-    return folder
-
-
 def _settings(args: argparse.Namespace, checkpoint: Checkpoint) -> Settings:
     steps = FixedPlan(args.steps).steps
     plan = FixedPlan(steps, 4 if args.first_steps is None else args.first_steps)
@@ -162,9 +146,9 @@ def build(args: argparse.Namespace) -> list[Path]:
     text = None if args.text_encoder is None else open_umt5(args.text_encoder)
     if text is not None:
         check_text(text, checkpoint.config)
-    out = _output_folder(args.out)
+    make_folder(args.out)
     engines = [
-        build_engine(checkpoint, settings, target, out, args.force, args.allow_inaccurate)
+        build_engine(checkpoint, settings, target, args.out, args.force, args.allow_inaccurate)
         for target in targets
     ]
     if text is not None:

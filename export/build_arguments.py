@@ -92,8 +92,9 @@ def make_parser() -> argparse.ArgumentParser:
     add(
         "--out",
         type=Path,
+        default=Path("engines"),
         metavar="FOLDER",
-        help="an existing folder (default: engines, made if absent)",
+        help="where engines go, made if absent (default: %(default)s)",
     )
     add(
         "--vae",

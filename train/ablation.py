@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from asd_rt.errors import ConfigError, OutputError
+from asd_rt.errors import ConfigError
+from asd_rt.files import make_folder
 from train.ablation_run import Ablation
 from train.command_line import Parser, exit_code
 from train.config import load_config
@@ -108,10 +109,7 @@ def open_ablation(args: argparse.Namespace, began: float) -> Ablation:
             f"{args.config}: distill.asd_ratio must be > 0 to have something to compare"
         )
     teacher, init = (take_up(paths[name], name, config) for name in ("teacher", "init"))
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"--out {args.out}: cannot be made ({error.strerror})") from error
+    make_folder(args.out)
     deadline = None if args.max_minutes is None else began + 60 * args.max_minutes
     clips = args.clips or config.eval_clips
     return Ablation(config, teacher, init, args.out, args.seeds, clips, deadline)

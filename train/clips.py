@@ -22,7 +22,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from asd_rt.decoding import latent_count
-from asd_rt.errors import ConfigError, MediaError, OutputError
+from asd_rt.errors import ConfigError, MediaError
+from asd_rt.files import make_folder
 from asd_rt.video import from_uint8
 from asd_rt.video_reader import read_frames
 from train.checkpoint import load_checkpoint
@@ -206,12 +207,7 @@ def make_clips(folder: Path, encoder: Encoder, out: Path, args: argparse.Namespa
         "codec": {"name": encoder.name, "sha256": encoder.sha256},
     }
     videos = find_videos(folder)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(
-            f"--out {out}: cannot be made ({error.strerror}); name another"
-        ) from error
+    make_folder(out)
     index = read_index(out, settings)
     waiting: list[tuple[Clip, Tensor]] = []
     left = [name for name in videos if name not in index.seen()]

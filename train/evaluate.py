@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 from asd_rt import timing
-from asd_rt.errors import ConfigError, OutputError
-from asd_rt.files import replacing
+from asd_rt.errors import ConfigError
+from asd_rt.files import make_folder, replacing
 from asd_rt.schedule import MAX_STEPS
 from train.command_line import Parser, exit_code
 from train.config import load_config
@@ -125,10 +125,7 @@ def evaluate(args: argparse.Namespace, command: str) -> list[Row]:
     config = shipped_recipe() if args.config is None else load_config(args.config)
     frames = config.clip_frames if args.frames is None else args.frames
     threads = use_threads(args.threads)
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"--out {args.out}: cannot be made ({error.strerror})") from error
+    make_folder(args.out)
     subjects = [open_subject(path, threads) for path in args.subjects]
     guidance = config.teacher_guidance if args.guidance is None else args.guidance
     teacher = None

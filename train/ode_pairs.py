@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from asd_rt.errors import ConfigError, OutputError
+from asd_rt.errors import ConfigError
+from asd_rt.files import make_folder
 from asd_rt.schedule import MAX_STEPS, TRAIN_TIMESTEPS, Schedule
 from train.checkpoint import describe_checkpoint, open_weights
 from train.command_line import Parser, exit_code
@@ -197,12 +198,7 @@ def make_pairs(args: argparse.Namespace) -> dict[str, object]:
         shard_pairs=args.shard_pairs,
         dtype=args.dtype,
     )
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(
-            f"--out {args.out}: cannot be made ({error.strerror}); name another"
-        ) from error
+    make_folder(args.out)
     write_settings(args.out, asdict(settings))
     left = [
         number

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from asd_rt.errors import ConfigError, OutputError
+from asd_rt.errors import ConfigError
+from asd_rt.files import make_folder
 from asd_rt.plan import FixedPlan
 from asd_rt.schedule import MAX_STEPS, Schedule
 from train.causal_init import InitStage
@@ -73,10 +74,7 @@ def run(
         raise ConfigError(
             f"{out} already holds a run; go on with it by --resume, or name another --out"
         )
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"{out}: cannot be created ({error}); name another --out") from error
+    make_folder(out)
     given = {
         name: path for name, path in (("teacher", teacher), ("init", init)) if path is not None
     }

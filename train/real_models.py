@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 
 from asd_rt.config import ModelConfig
-from asd_rt.errors import ConfigError, OutputError
+from asd_rt.errors import ConfigError
+from asd_rt.files import make_folder
 from train.causal_init import InitStage
 from train.checkpoint import Deployment, open_weights, save_checkpoint
 from train.clip_data import ClipData
@@ -77,10 +78,7 @@ def _open_run(out: Path, resume: bool, threads: int, parallel: Parallel) -> None
         raise ConfigError(
             f"{out} already holds a run; go on with it by --resume, or name another --out"
         )
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"{out}: cannot be created ({error}); name another --out") from error
+    make_folder(out)
     parallel.wait()
 
 

@@ -22,8 +22,8 @@ import asd_rt
 from asd_rt.arguments import default_frames, make_plan
 from asd_rt.decoding import frame_count, temporal_factor
 from asd_rt.embeddings import Embeddings, read_embeddings
-from asd_rt.errors import ConfigError, OutputError
-from asd_rt.files import replacing
+from asd_rt.errors import ConfigError
+from asd_rt.files import make_folder, replacing
 from asd_rt.session import Session
 from asd_rt.video import enlarge, open_writer
 from train.command_line import Parser, exit_code
@@ -239,12 +239,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     else:
         prompts = read_prompts(args.prompts, args.dimension)
     clips = [Clip(p, row, i) for row, p in enumerate(prompts) for i in range(args.clips)]
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(
-            f"--out {args.out}: cannot be made ({error.strerror}); name another"
-        ) from error
+    make_folder(args.out)
     with asd_rt.open(args.engine) as session:
         manifest = session.manifest
         plan = make_plan(manifest, args.steps, args.first_steps)

@@ -186,8 +186,7 @@ def test_full_disk_is_one_line(
         (("--latent-size", "6x2"), "trained for 4x2"),
         (("--gpu", "sm89"), "--gpu"),
         (("--checkpoint", "/nowhere"), "/nowhere"),
-        (("--out", "/nowhere"), "mkdir -p /nowhere"),
-        (("--out", "/dev/null"), "not a folder"),
+        (("--out", "/dev/null"), "--out /dev/null: cannot be made"),
     ],
 )
 def test_mistakes_are_one_line(
