@@ -33,9 +33,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from asd_rt.config import ModelConfig, from_mapping
-from asd_rt.errors import CheckpointError, ConfigError
-from train.codec import PATCH, LinearCodec
+from asd_rt.config import ModelConfig
+from asd_rt.errors import CheckpointError
+from train.checkpoint_parts import read_parts
+from train.codec import LinearCodec
 from train.deployment import Deployment
 from train.formats.files import (
     CODEC,
@@ -46,13 +47,12 @@ from train.formats.files import (
     Place,
     digest,
     locate,
-    read_json,
 )
 from train.formats.kinds import refuse_others, undistilled
 from train.formats.names import TABLES, bare, is_diffusers, to_official
 from train.formats.settings import contradictions, network_config
-from train.formats.shapes import Shapes, check_finite, check_shapes, listing, weight_shapes
-from train.formats.tensors import Contents, Stored, open_file, open_tensors
+from train.formats.shapes import check_finite, check_shapes, listing, weight_shapes
+from train.formats.tensors import Contents, Stored, open_tensors
 from train.model import WanModel
 
 WEIGHTS = "model.safetensors"
@@ -118,7 +118,7 @@ def load_checkpoint(path: Path | str) -> Checkpoint:
     expected = weight_shapes(config)
     types = {name: tensor.dtype for name, tensor in found.stored.items()}
     check_shapes(str(place.path), shapes, expected, types, found.note)
-    deployment, codec, table = _read_parts(place, config)
+    deployment, codec, table = read_parts(place, config)
 
     weights = {name: found.stored[name].read() for name in expected}
     check_finite(place.path, weights)
@@ -192,7 +192,7 @@ def describe_checkpoint(path: Path | str) -> Checkpoint:
     """A checkpoint without its weights and their hash, to plan with; otherwise as `load_checkpoint`."""
     place = locate(Path(path))
     config = _look(place).config
-    deployment, codec, table = _read_parts(place, config)
+    deployment, codec, table = read_parts(place, config)
     return Checkpoint(place.name, "0" * 64, config, {}, deployment, codec, table)
 
 
@@ -321,72 +321,6 @@ def _swap_in(new: Path, folder: Path) -> None:
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-
-
-def _read_parts(
-    place: Place, config: ModelConfig
-) -> tuple[Deployment, LinearCodec | None, Tensor | None]:
-    """What lies around the weights of our own folders."""
-    folder = place.folder
-    if folder is None:
-        return _read_deployment(place.path.parent, config, given=False), None, None
-    deployment = _read_deployment(folder, config)
-    codec = table = None
-    if (folder / CODEC).exists():
-        patch = 3 * PATCH * PATCH
-        shapes = {
-            "encoder": (config.in_dim, patch),
-            "decoder": (patch, config.in_dim),
-            "ground": (patch,),
-        }
-        codec = LinearCodec(config.in_dim)
-        codec.load_state_dict(_read_tensors(folder / CODEC, shapes))
-    if (folder / TEXT).exists():
-        table = _read_tensors(folder / TEXT, {"table": (-1, config.text_dim)})["table"]
-    _check_words(folder, deployment.words, table)
-    return deployment, codec, table
-
-
-def _read_deployment(folder: Path, config: ModelConfig, given: bool = True) -> Deployment:
-    """deployment.json over the window and sink of config.json over the defaults."""
-    values: dict[str, Any] = {
-        "window_frames": max(0, config.local_attn_size),
-        "sink_frames": config.sink_size,
-    }
-    path = folder / DEPLOYMENT
-    if given and path.exists():
-        values |= read_json(path)
-    try:
-        return from_mapping(Deployment, values, str(path))
-    except ConfigError as error:
-        where = (
-            ""
-            if str(error).startswith(str(path))
-            else f"{path if path.exists() else folder / CONFIG}: "
-        )
-        raise ConfigError(f"{where}{error}") from error
-
-
-def _read_tensors(path: Path, expected: Shapes) -> dict[str, Tensor]:
-    """All tensors of a small file as float32; -1 in an expected shape stands for any size."""
-    stored = open_file(path).tensors
-    found = {name: tensor.shape for name, tensor in stored.items()}
-    check_shapes(str(path), found, expected, {name: t.dtype for name, t in stored.items()})
-    tensors = {name: stored[name].read().to(torch.float32) for name in expected}
-    check_finite(path, tensors)
-    return tensors
-
-
-def _check_words(folder: Path, words: Mapping[str, int] | None, table: Tensor | None) -> None:
-    if (words is None) != (table is None):
-        raise CheckpointError(
-            f"{folder}: words in {DEPLOYMENT} and {TEXT} belong together, found only "
-            f"{'the words' if table is None else TEXT}"
-        )
-    if words is not None and table is not None and max(words.values()) >= len(table):
-        raise CheckpointError(
-            f"{folder / DEPLOYMENT}: word ids up to {max(words.values())}, but {TEXT} has {len(table)} rows"
-        )
 
 
 if __name__ == "__main__":

@@ -154,7 +154,9 @@ def test_an_endless_video_ends_whole_at_ctrl_c(tmp_path) -> None:
         env=os.environ | {"ASD_RT_CACHE": str(tmp_path / "cache")},
     )  # fmt: skip
     end = time.monotonic() + 60
-    while len(list((tmp_path / "png").glob("*.png"))) < 60 and time.monotonic() < end:
+    # In a folder of another name until the video is whole.
+    while len(list(tmp_path.rglob("frame_*.png"))) < 60:
+        assert time.monotonic() < end and process.poll() is None
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
