@@ -40,13 +40,7 @@ def check_writable(path: str | Path, flag: str) -> None:
         raise OutputError(
             f"{flag} {path}: folder {parent} does not exist; make it: mkdir -p {parent}"
         )
-    try:
-        with tempfile.TemporaryFile(dir=parent) as probe:
-            probe.write(bytes(4096))
-    except OSError as error:
-        raise OutputError(
-            f"{flag} {path}: folder {parent} cannot be written ({error.strerror}); choose another place"
-        ) from error
+    _probe(parent, f"{flag} {path}")
 
 
 def make_folder(path: Path, flag: str = "--out") -> None:
@@ -61,7 +55,17 @@ def make_folder(path: Path, flag: str = "--out") -> None:
         raise OutputError(
             f"{flag} {path}: cannot be made ({error.strerror}); choose another folder"
         ) from error
-    check_writable(path / "results", flag)
+    _probe(path, f"{flag} {path}")
+
+
+def _probe(folder: Path, told: str) -> None:
+    try:
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(bytes(4096))
+    except OSError as error:
+        raise OutputError(
+            f"{told}: folder {folder} cannot be written ({error.strerror}); choose another place"
+        ) from error
 
 
 @contextmanager
