@@ -9,7 +9,7 @@ import time
 import pytest
 
 from benchmarks.hostile_clients import KINDS, SLOW, attack
-from benchmarks.serving_client import WatcherProcess, running
+from benchmarks.serving_client import Server, WatcherProcess, running
 
 EXPECTED = {
     "garbage_frames": "closed 1002",
@@ -24,20 +24,43 @@ EXPECTED = {
     "foreign_name": "421",
     "path_walker": "404",
 }
-# Which answer comes first depends on what the others hold.
+# Which answer comes first depends on what the others hold, and on how busy the cores are.
 EITHER = {
     "flood": ("closed 1008 too many messages", "closed 1013"),
     "slow_reader": ("2 blocks", "closed 1013"),
-    "deep_picture": ("201", "503"),
+    "deep_picture": ("201", "503", "422 upload: took more than 10 s"),
     "zip_bomb": ("422 upload: holds no picture", "503"),
     "no_pixels": ("422 upload: holds no picture", "503"),
     "torn_picture": ("422 upload: holds no picture", "503"),
 }
+# Free places of the server; frames that the good watcher misses without being told; all else it is told.
+AFTERWARDS = {
+    "free beside it": "4",
+    "goes on": "True",
+    "untold": "0",
+    "events": "started",
+    "free": "5",
+}
+SENT = "asd_rt_sent_frames_total"
+WAIT_S = 20.0
+
+
+def free_places(server: Server, expected: int) -> int:
+    """Free places of a server, once they are `expected` or that takes too long."""
+    end = time.monotonic() + WAIT_S
+    while (free := int(json.loads(server.get("/readyz"))["free"])) != expected:
+        if time.monotonic() > end:
+            break
+        time.sleep(0.05)
+    return free
 
 
 @pytest.fixture(scope="module")
 def got() -> dict[str, str]:
-    """What each kind got, and what the good watcher and the server were like afterwards."""
+    """What each kind got, and what the good watcher and the server were like afterwards.
+
+    How many frames the watcher misses while all cores are busy is measured by benchmarks.serving.
+    """
     kinds = [kind for kind in KINDS if kind not in SLOW]
     with running("--sessions", "5") as server:
         good = WatcherProcess(server, fps=8)
@@ -48,13 +71,17 @@ def got() -> dict[str, str]:
             return await asyncio.gather(*(attack(server, kind) for kind in kinds))
 
         found = dict(zip((k.__name__ for k in kinds), asyncio.run(all_at_once()), strict=True))
+        found["free beside it"] = str(free_places(server, 4))
+        sent = server.metric(SENT)
+        end = time.monotonic() + WAIT_S
+        while server.metric(SENT) < sent + 12 and time.monotonic() < end:
+            time.sleep(0.05)
+        found["goes on"] = str(server.metric(SENT) >= sent + 12)
         seen = good.stop()
         numbers = [header["block"] for header in seen.headers]
-        end = time.monotonic() + 10
-        while (ready := json.loads(server.get("/readyz")))["free"] < 5 and time.monotonic() < end:
-            time.sleep(0.05)
-        found["lost"] = str(seen.dropped + 3 * (numbers[-1] + 1 - len(numbers)))
-        found["free"], found["ready"] = str(ready["free"]), str(ready["ready"])
+        found["untold"] = str(max(0, 3 * (numbers[-1] + 1 - len(numbers)) - seen.dropped))
+        found["events"] = " ".join(event["type"] for event in seen.events)
+        found["free"] = str(free_places(server, 5))
         return found
 
 
@@ -63,9 +90,8 @@ def test_each_gets_its_answer(got: dict[str, str]) -> None:
         assert expected in got[kind], kind
     for kind, several in EITHER.items():
         assert any(text in got[kind] for text in several), (kind, got[kind])
-    assert set(got) == {*EXPECTED, *EITHER, "lost", "free", "ready"}
+    assert set(got) == {*EXPECTED, *EITHER, *AFTERWARDS}
 
 
-def test_the_good_watcher_loses_nothing_and_all_places_come_back(got: dict[str, str]) -> None:
-    assert got["lost"] == "0"
-    assert (got["free"], got["ready"]) == ("5", "True")
+def test_the_good_watcher_goes_on_and_all_places_come_back(got: dict[str, str]) -> None:
+    assert {name: got[name] for name in AFTERWARDS} == AFTERWARDS
