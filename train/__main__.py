@@ -15,7 +15,7 @@ from train.command_line import exit_code
 
 EXAMPLES = """examples:
   python -m train --config train/configs/tiny.toml --out runs/tiny
-      the whole recipe of the shipped student, under 100 minutes on two cores with AMX
+      the whole recipe of the shipped student, about 90 minutes on two cores with AMX
   python -m train --config train/configs/tiny.toml --out runs/tiny --resume
       go on after an interruption; finished stages are not repeated
   python -m train --config train/configs/tiny.toml --out runs/smoke --smoke

@@ -193,7 +193,7 @@ def _budget(budget: str, timing: dict[str, Any] | None, steps: int) -> str:
     return (
         f"A step takes {timing['asd_step_s']:.2f} s with ASD and {timing['dmd_step_s']:.2f} s without "
         f"({timing['steps']} steps of each in turns, {timing['machine']['cpu']}), so DMD alone gets "
-        f"{timing['equal_time_steps']} steps, DMD+ASD {steps}."
+        f"{timing['equal_time_steps']} steps, DMD+ASD {steps} (of which those that warm up are without ASD)."
     )
 
 
