@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from asd_rt.errors import ConfigError
-from train.command_line import exit_code
+from train.command_line import check_seed, exit_code
 
 EXAMPLES = """examples:
   python -m train --config train/configs/tiny.toml --out runs/tiny
@@ -21,7 +21,7 @@ EXAMPLES = """examples:
   python -m train --config train/configs/tiny.toml --out runs/smoke --smoke
       every stage for a few steps, some minutes: does it run?
   python -m train --config train/configs/tiny.toml --out runs/tiny --resume --stages evaluate
-      score again
+      score alone; rows of the table that are there (in OUT/rows.json) are not made again
   python -m train --config train/configs/tiny.toml --out runs/b --teacher runs/tiny/teacher --init runs/tiny/init
       another distillation from the same start
   python -m train --config train/configs/wan_1_3b_asd.toml --dry-run --world-size 8
@@ -135,8 +135,7 @@ def _train(args: argparse.Namespace) -> None:
 
     if args.out is None:
         raise ConfigError("--out is missing: name the folder of the run")
-    if args.seed < 0:
-        raise ConfigError(f"--seed must be a whole number >= 0, found {args.seed}")
+    check_seed(args.seed)
     if args.init is not None and args.teacher is None:
         raise ConfigError("--init needs the --teacher that it was made from")
     if args.save_every is not None and args.save_every < 0:

@@ -17,7 +17,7 @@ from pathlib import Path
 from asd_rt.errors import ConfigError
 from asd_rt.files import make_folder
 from train.ablation_run import Ablation
-from train.command_line import Parser, exit_code
+from train.command_line import Parser, check_seed, exit_code
 from train.config import load_config
 from train.handover import take_up
 from train.threads import use_threads
@@ -95,8 +95,10 @@ def open_ablation(args: argparse.Namespace, began: float) -> Ablation:
     ):
         if value is not None and value < least:
             raise ConfigError(f"{flag} must be a whole number >= {least}, found {value}")
-    if min(args.seeds) < 0 or len(set(args.seeds)) < len(args.seeds):
-        raise ConfigError(f"--seeds must be different whole numbers >= 0, found {args.seeds}")
+    for seed in args.seeds:
+        check_seed(seed, "--seeds")
+    if len(set(args.seeds)) < len(args.seeds):
+        raise ConfigError(f"--seeds must be different whole numbers, found {args.seeds}")
     if args.max_minutes is not None and not args.max_minutes > 0:
         raise ConfigError(f"--max-minutes must be > 0, found {args.max_minutes}")
     config = load_config(args.config)

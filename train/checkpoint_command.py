@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from train.checkpoint import load_checkpoint
-from train.command_line import Parser, exit_code
+from train.command_line import MAX_SEED, Parser, exit_code
 from train.formats.files import CODEC, DEPLOYMENT, TEXT, locate
 from train.formats.random_weights import CONFIGS, random_source
 from train.formats.write import FORMATS, SHARD_BYTES, Source, write_checkpoint
@@ -40,8 +40,10 @@ def _size(text: str) -> int:
 
 
 def _seed(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"expected a whole number >= 0, found {text!r}")
+    if not text.isdecimal() or int(text) > MAX_SEED:
+        raise argparse.ArgumentTypeError(
+            f"expected a whole number from 0 to {MAX_SEED}, found {text!r}"
+        )
     return int(text)
 
 

@@ -46,7 +46,7 @@ class ClipIndex:
     Attributes:
         settings: what they were made with.
         clips: all of them.
-        rejected: video -> why it gave none.
+        rejected: video -> why it gave none, when they were last made.
     """
 
     settings: Mapping[str, Any]
@@ -54,8 +54,8 @@ class ClipIndex:
     rejected: dict[str, str] = field(default_factory=dict)
 
     def seen(self) -> set[str]:
-        """Videos that are done."""
-        return {clip.video for clip in self.clips} | set(self.rejected)
+        """Videos that clips are from."""
+        return {clip.video for clip in self.clips}
 
 
 def read_index(folder: Path, settings: Mapping[str, Any] | None = None) -> ClipIndex:

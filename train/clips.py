@@ -12,7 +12,7 @@ import json
 import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -208,7 +208,8 @@ def make_clips(folder: Path, encoder: Encoder, out: Path, args: argparse.Namespa
     }
     videos = find_videos(folder)
     make_folder(out)
-    index = read_index(out, settings)
+    # What was rejected is tried again: a caption may have come, or a whole file.
+    index = replace(read_index(out, settings), rejected={})
     waiting: list[tuple[Clip, Tensor]] = []
     left = [name for name in videos if name not in index.seen()]
     for name in tqdm(left, desc="videos", unit="video", disable=None):

@@ -7,9 +7,10 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from asd_rt.errors import AsdError
+from asd_rt.errors import AsdError, ConfigError
 
 INTERRUPTED = 130  # exit code, as of a shell
+MAX_SEED = 2**32 - 1  # streams are derived from multiples of it, which torch takes up to 2**64
 
 
 class Parser(argparse.ArgumentParser):
@@ -17,6 +18,12 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+def check_seed(seed: int, flag: str = "--seed") -> None:
+    """Raise ConfigError for a seed outside 0 .. MAX_SEED."""
+    if not 0 <= seed <= MAX_SEED:
+        raise ConfigError(f"{flag} must be a whole number from 0 to {MAX_SEED}, found {seed}")
 
 
 def exit_code(work: Callable[[], None], debug: bool, interrupted: str) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 
 from asd_rt.config import CacheConfig, ModelConfig, from_mapping
 from asd_rt.errors import ConfigError
+from train.ranges import check_ranges
 from train.real_config import DataConfig, ParallelConfig, WeightsConfig
 
 
@@ -22,6 +23,9 @@ class ClassifierConfig:
     steps: int
     batch: int
     lr: float
+
+    def __post_init__(self) -> None:
+        check_ranges("classifier", self)
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,9 @@ class TeacherConfig:
     drop_prompt: float
     drop_attribute: float
 
+    def __post_init__(self) -> None:
+        check_ranges("teacher", self)
+
 
 @dataclass(frozen=True)
 class InitConfig:
@@ -57,6 +64,9 @@ class InitConfig:
     adam_lr: float
     warmup: int
     ema: float
+
+    def __post_init__(self) -> None:
+        check_ranges("init", self)
 
 
 @dataclass(frozen=True)
@@ -89,15 +99,7 @@ class DistillConfig:
     select_clips: int = 64
 
     def __post_init__(self) -> None:
-        if self.select_every < 0 or self.select_clips < 1:
-            raise ConfigError(
-                "distill: select_every must be >= 0 and select_clips >= 1, found "
-                f"{self.select_every} and {self.select_clips}"
-            )
-        if len(self.step_weights) != 4 or min(self.step_weights) < 0 or sum(self.step_weights) <= 0:
-            raise ConfigError(
-                f"distill: step_weights must be 4 numbers >= 0, found {self.step_weights}"
-            )
+        check_ranges("distill", self)
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,7 @@ class TrainConfig:
     parallel: ParallelConfig | None = None
 
     def __post_init__(self) -> None:
+        check_ranges("", self)
         self._check_sections()
         block = self.cache.block_frames
         for name, frames in (
@@ -295,6 +298,8 @@ def _check_types(section: type, values: Mapping[str, Any], where: str) -> None:
         kind, name = _TYPES.get(str(field.type).removesuffix(" | None"), (object, ""))
         value = values.get(field.name)
         wrong = not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool)
+        if isinstance(value, list):
+            wrong |= any(type(number) not in (int, float) for number in value)
         if field.name in values and name and wrong:
             raise ConfigError(f"{where}: {field.name} must be {name}, found {value!r}")
 
@@ -322,6 +327,8 @@ def fingerprint(config: TrainConfig, seed: int, stage: str) -> str:
     # What came later counts where it is there, so that older runs go on.
     later = {name: settings[name] for name in ("teacher_model", "data", "weights")}
     used |= {name: value for name, value in later.items() if value is not None}
+    if stage == "init" and config.data is not None:  # the tiny world's older runs go on
+        used["timestep_shift"] = config.timestep_shift
     if config.parallel is not None:
         used["micro_batches"] = config.parallel.micro_batches
     return hashlib.sha256(json.dumps(used, sort_keys=True).encode()).hexdigest()[:16]

@@ -114,18 +114,24 @@ class DistillStage(Stage):
         pulls.apply()
         norm = self._update("student")
         self.ema.update(self.networks.student, settings.ema if index >= settings.ema_start else 0.0)
+        # All norms are figures: what is not finite shows before its step is saved.
+        norms = {"grad_norm": norm}
         if task.use_asd:
-            self._update("discriminator")
+            norms["disc_norm"] = self._update("discriminator")
+        critic_norms = []
         for update in range(settings.critic_updates):
             for share in shares:
                 figures["critic"].append(self._critic_loss(share, newest=update == 0))
-            self._update("critic")
+            critic_norms.append(self._update("critic"))
+        norms["critic_norm"] = torch.stack(critic_norms).max()
         means = {k: torch.stack(v).double().mean() for k, v in figures.items() if v}
+        drawn = {"n": task.n, "enhanced": task.enhanced}
+        if task.use_asd:
+            drawn["push"] = ratio
         return {
             "loss": means.pop("loss"),
-            "n": torch.tensor(float(task.n), device=parallel.device),
-            "enhanced": torch.tensor(float(task.enhanced), device=parallel.device),
-            "grad_norm": norm,
+            **{k: torch.tensor(float(v), device=parallel.device) for k, v in drawn.items()},
+            **norms,
             **means,
         }
 

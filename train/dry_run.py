@@ -16,9 +16,9 @@ from train.distill_task import Task
 from train.model import WanModel
 from train.real_config import ParallelConfig
 from train.scoring import feature_layers
-from train.step_costs import META, Measured, measure
+from train.step_costs import META, Measured, measure, pass_dtype
 
-FLOAT, HALF = 4, 2  # bytes
+FLOAT = 4  # bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,15 +152,16 @@ def _memory(
     frames, batch = config.distill.frames, config.distill.batch
     tokens = latent_hw[0] * latent_hw[1] // 4
     cached = batch * (frames - config.cache.block_frames) * tokens  # the last block is seen by none
-    cache = cached * config.model.num_layers * 2 * config.model.dim * HALF
+    passed = pass_dtype(config).itemsize  # bytes of a number in passes
+    cache = cached * config.model.num_layers * 2 * config.model.dim * passed
     # One layer at a time is computed again, and all that it saves is there then.
     layer = measured[False].saved / min(config.model.num_layers, teacher.num_layers)
     return Memory(
-        parameters=(FLOAT * trained + HALF * sizes["teacher"]) // processes,
+        parameters=(FLOAT * trained + passed * sizes["teacher"]) // processes,
         gradients=FLOAT * gradients // processes,
         optimizer=2 * FLOAT * trained // processes,
         ema=FLOAT * sizes["student"] // processes,
-        gathered=HALF * (sizes["student"] + _layer_size(teacher)) if processes > 1 else 0,
+        gathered=passed * (sizes["student"] + _layer_size(teacher)) if processes > 1 else 0,
         kv_cache=cache * (2 if asd else 1),
         activations=int(measured[False].saved),
         activations_checkpointed=int(measured[True].saved + layer),

@@ -15,7 +15,7 @@ from asd_rt import timing
 from asd_rt.errors import ConfigError
 from asd_rt.files import make_folder, replacing
 from asd_rt.schedule import MAX_STEPS
-from train.command_line import Parser, exit_code
+from train.command_line import Parser, check_seed, exit_code
 from train.config import load_config
 from train.evaluation import EXPLANATION, Evaluation, Row, make_plans, markdown
 from train.judge import load_judge, shipped_recipe
@@ -100,11 +100,11 @@ def _check(args: argparse.Namespace) -> None:
     for flag, value, least in (
         ("--clips", args.clips, 2),
         ("--teacher-steps", args.teacher_steps, 1),
-        ("--seed", args.seed, 0),
         ("--threads", args.threads, 0),
     ):
         if value < least:
             raise ConfigError(f"{flag} must be a whole number >= {least}, found {value}")
+    check_seed(args.seed)
     for path in (*args.subjects, args.teacher):
         if path is not None and not path.exists():
             raise ConfigError(f"{path}: no such checkpoint or engine")

@@ -11,9 +11,9 @@ import hashlib
 import json
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
-from itertools import pairwise
+from itertools import chain, pairwise
 from math import inf
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from asd_rt.errors import ConfigError
 from asd_rt.files import make_folder
 from asd_rt.schedule import MAX_STEPS, TRAIN_TIMESTEPS, Schedule
 from train.checkpoint import describe_checkpoint, open_weights
-from train.command_line import Parser, exit_code
+from train.command_line import Parser, check_seed, exit_code
 from train.deployment import check_latent_hw
 from train.losses import guided_x0, shifted_sigma
 from train.model import WanModel
@@ -123,8 +123,7 @@ def _check(args: argparse.Namespace) -> tuple[int, int]:
     for flag, value in (("--frames", args.frames), ("--shard-pairs", args.shard_pairs)):
         if value < 1:
             raise ConfigError(f"{flag} must be a whole number >= 1, found {value}")
-    if args.seed < 0:
-        raise ConfigError(f"--seed must be a whole number >= 0, found {args.seed}")
+    check_seed(args.seed)
     if args.steps < MAX_STEPS or args.steps % MAX_STEPS:
         raise ConfigError(
             f"--steps must be a multiple of {MAX_STEPS}, so that the student's noise levels are among "
@@ -157,8 +156,11 @@ def _latent_hw(text: str | None, known: tuple[int, int] | None) -> tuple[int, in
     return check_latent_hw(value, "--latent-size")
 
 
-def _digest(tensors: Sequence[tuple[str, Tensor]]) -> str:
-    """sha256 over names, shapes and the first values of tensors: quick, and different for other weights."""
+def _digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """sha256 over names, shapes and the first values of tensors: quick, and different for other weights.
+
+    Of an iterator one tensor at a time is in memory.
+    """
     found = hashlib.sha256()
     for name, tensor in tensors:
         first = tensor.flatten()[:64].float()
@@ -181,13 +183,10 @@ def make_pairs(args: argparse.Namespace) -> dict[str, object]:
     negative = None
     if args.guidance != 1:
         negative = PromptTable(args.negative, checkpoint.config, "--negative").contexts([0])
-    rows = range(len(table.prompts))
+    rows = ((prompt, table.contexts([row])) for row, prompt in enumerate(table.prompts))
     settings = PairSettings(
-        teacher=_digest([(name, weights[name]()) for name in sorted(weights)]),
-        embeddings=_digest(
-            [(table.prompts[row], table.contexts([row])) for row in rows]
-            + ([] if negative is None else [("negative", negative)])
-        ),
+        teacher=_digest((name, weights[name]()) for name in sorted(weights)),
+        embeddings=_digest(chain(rows, [] if negative is None else [("negative", negative)])),
         prompts=table.prompts,
         shape=[args.frames, checkpoint.config.in_dim, height, width],
         sigmas=[s.sigma for s in Schedule(args.timestep_shift).steps(MAX_STEPS)],

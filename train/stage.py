@@ -58,7 +58,8 @@ def step_generator(seed: int, stage: str, index: int, share: int = 0) -> torch.G
         key = hashlib.sha256(f"{seed} {stage} {index} {share}".encode()).digest()[:8]
         return torch.Generator().manual_seed(int.from_bytes(key, "little") >> 1)
     salt = sum(ord(c) << (8 * (i % 3)) for i, c in enumerate(stage))
-    return torch.Generator().manual_seed((seed * 1_000_003 + salt) * 1_000_003 + index)
+    key = (seed * 1_000_003 + salt) * 1_000_003 + index
+    return torch.Generator().manual_seed(key % 2**64)
 
 
 def save_torch(state: dict[str, Any], path: Path) -> None:
@@ -180,7 +181,8 @@ def run_stage(
         path, mark = found
         if mark.get("fingerprint") != fingerprint:
             raise ConfigError(
-                f"{path}: made with another configuration or seed; use another --out, or delete {run_dir}"
+                f"{path}: made with another configuration or seed; name another --out, or remove "
+                f"{checkpoints.place} to train this stage anew"
             )
         start = int(mark["step"])
         try:
@@ -226,8 +228,9 @@ def run_stage(
                 kept = checkpoints.latest()
                 last = f"the last checkpoint is {kept[0]}" if kept else "there is no checkpoint yet"
                 raise CheckpointError(
-                    f"{stage.name} step {index}: a figure is not finite ({figures}); {last}; lower the "
-                    "learning rate and run again with --resume"
+                    f"{stage.name} step {index}: a figure is not finite ({figures}); {last}; --resume would "
+                    f"repeat it: lower the learning rates of [{stage.name}], remove {checkpoints.place} and "
+                    "run with --resume to train this stage anew"
                 )
             if curves is not None:
                 curves.add(index, time.perf_counter() - began, figures)

@@ -67,7 +67,8 @@ class _MetaStage(DistillStage):
         noise = torch.empty(batch, len(task.positions), *frame, device=META)
         last = [self.schedule.steps(count)[-1] for count in task.plan(steps)]
         cached = len(task.positions) - task.block_frames
-        kv = _cache(self.networks.student.config, batch, cached, self.data.latent_hw)
+        student, dtype = self.networks.student.config, pass_dtype(self.config)
+        kv = _cache(student, dtype, batch, cached, self.data.latent_hw)
         return Rollout(noise, noise, last, kv, task.positions)
 
     def _remember(self, share: Share, x: Tensor) -> None:
@@ -78,13 +79,19 @@ class _MetaStage(DistillStage):
         return torch.zeros(())
 
 
+def pass_dtype(config: TrainConfig) -> torch.dtype:
+    """What passes compute in and the frozen teacher is stored in: bfloat16, unless fp32 is asked for."""
+    precision = (config.parallel or ParallelConfig()).precision
+    return torch.float32 if precision == "fp32" else torch.bfloat16
+
+
 def _cache(
-    model: ModelConfig, batch: int, frames: int, latent_hw: tuple[int, int]
+    model: ModelConfig, dtype: torch.dtype, batch: int, frames: int, latent_hw: tuple[int, int]
 ) -> list[KeyValue]:
-    """A KV cache of bfloat16 without content."""
+    """A KV cache without content."""
     tokens = frames * (latent_hw[0] * latent_hw[1] // 4)
     shape = (tokens, batch, model.num_heads, model.head_dim)
-    layer = torch.empty(shape, dtype=torch.bfloat16, device=META)
+    layer = torch.empty(shape, dtype=dtype, device=META)
     return [KeyValue(layer, layer)] * model.num_layers
 
 
@@ -138,20 +145,20 @@ def _stage(
     config: TrainConfig,
     latent_hw: tuple[int, int],
     checkpointed: bool,
-    layers: tuple[int, int] | None = None,
+    layers: tuple[int, int],
 ) -> _MetaStage:
-    """The distillation of one micro-batch, in bfloat16 as under FSDP's policy, on the meta device.
+    """The distillation of one micro-batch on the meta device, its passes in the type of FSDP's policy.
 
-    `layers` of student (and critic) and teacher; None = as configured.
+    `layers` of student (and critic) and teacher.
     """
-    student, teacher = config.model, config.teacher_model or config.model
-    if layers is not None:
-        student, teacher = (
-            replace(model, num_layers=count)
-            for model, count in zip((student, teacher), layers, strict=True)
+    student, teacher = (
+        replace(model, num_layers=count)
+        for model, count in zip(
+            (config.model, config.teacher_model or config.model), layers, strict=True
         )
+    )
     with META:
-        models = [WanModel(c).to(torch.bfloat16) for c in (student, student, teacher)]
+        models = [WanModel(c).to(pass_dtype(config)) for c in (student, student, teacher)]
         discriminator = Discriminator(teacher.dim, len(feature_layers(teacher.num_layers)))
     settings = ParallelConfig(checkpoint_activations=checkpointed)
     parallel = Parallel(settings, device=META)
@@ -274,7 +281,7 @@ def _passes(
     time = student.embed_time(torch.empty(1, size, device=META))
     for start in range(0, config.distill.frames, size):
         seen = len(attended_frames(cache, start))
-        past = _cache(model, batch, seen, latent_hw) if seen else None
+        past = _cache(model, pass_dtype(config), batch, seen, latent_hw) if seen else None
         rope = make_rope(model, range(size), (height // 2, width // 2), META)
         with Products() as products:
             student.denoise(x, time, prompt, rope, past)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
+from collections.abc import Callable
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -12,36 +15,63 @@ from asd_rt.files import replacing
 from asd_rt.plan import FixedPlan
 from asd_rt.schedule import MAX_STEPS
 from train.checkpoint import save_checkpoint
-from train.evaluation import EXPLANATION, Evaluation, Row, make_plans, markdown
+from train.evaluation import EXPLANATION, Evaluation, Row, make_plans, markdown, plan_name
 from train.handover import world_deployment
-from train.judge import load_judge
+from train.judge import Judge, load_judge
+from train.kept_rows import KeptRows
+from train.samplers import Subject
 
 if TYPE_CHECKING:
     from train.pipeline import World
 
 log = logging.getLogger(__name__)
+ROWS = "rows.json"  # of the score table, in the run's folder
 
 
 def score_all(world: World, student: dict[str, Tensor]) -> list[Row]:
-    """Scores of held-out real clips, the teacher, the causal start, and the student at every plan."""
-    config = world.config
-    evaluation = Evaluation(load_judge(config), config.eval_clips, config.clip_frames)
-    rows = [evaluation.real(), evaluation.real(later=True)]
+    """Scores of held-out real clips, the teacher, the causal start, and the student at every plan.
 
-    def add(row: Row) -> None:
+    Every row is kept as soon as it is there; what a run was interrupted after is not made again.
+    """
+    config, judge = world.config, load_judge(world.config)
+    evaluation = Evaluation(judge, config.eval_clips, config.clip_frames)
+    kept = KeptRows(world.out / ROWS, _mark(world, student, judge))
+    rows: list[Row] = []
+
+    def add(name: str, make: Callable[[], Row]) -> None:
+        row, known = kept.row(name, make)
         rows.append(row)
-        log.info("%s: total %s", row.title, row.scores.of("total").points())
+        note = " (kept)" if known else ""
+        log.info("%s: total %s%s", row.title, row.scores.of("total").points(), note)
 
-    add(evaluation.subject(world.teacher(world.handed("teacher").weights), None)[0])
+    def judged(subject: Subject, plan: FixedPlan | None, later: bool = False) -> None:
+        title = subject.name if plan is None else f"{subject.name}, {plan_name(plan)}"
+        title += ", later" if later else ""
+        add(title, lambda: evaluation.subject(subject, plan, later)[0])
+
+    add("real", evaluation.real)
+    add("real, later", lambda: evaluation.real(later=True))
+    judged(world.teacher(world.handed("teacher").weights), None)
     start = world.student("causal start", world.handed("init").weights)
     enhanced = FixedPlan(1, MAX_STEPS)
     for plan in (FixedPlan(MAX_STEPS, MAX_STEPS), enhanced):
-        add(evaluation.subject(start, plan)[0])
+        judged(start, plan)
     subject = world.student("student", student)
     for plan in make_plans(range(MAX_STEPS, 0, -1), (None, MAX_STEPS)):
-        add(evaluation.subject(subject, plan)[0])
-    add(evaluation.subject(subject, enhanced, later=True)[0])
+        judged(subject, plan)
+    judged(subject, enhanced, later=True)
     return rows
+
+
+def _mark(world: World, student: dict[str, Tensor], judge: Judge) -> str:
+    """Of all that scores depend on: configuration, seed and networks."""
+    found = hashlib.sha256(f"{world.mark('distill')} {asdict(world.config)}".encode())
+    networks = {stage: world.handed(stage).weights for stage in ("teacher", "init")}
+    networks |= {"student": student, "judge": judge.classifier.state_dict()}
+    for name, weights in networks.items():
+        for key in sorted(weights):
+            found.update(f"{name} {key}".encode() + weights[key].contiguous().numpy().tobytes())
+    return found.hexdigest()
 
 
 def write_student(world: World, command: str) -> None:

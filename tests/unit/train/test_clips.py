@@ -112,6 +112,26 @@ def test_it_goes_on_where_it_was(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "made with per_video 0, asked for is 1" in capsys.readouterr().err
 
 
+def test_what_was_rejected_is_tried_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    videos, out = tmp_path / "videos", tmp_path / "clips"
+    videos.mkdir()
+    write_video(videos / "a.mkv", 12).with_suffix(".txt").unlink()
+    assert run(videos, out) == 1
+    assert "none of 1 videos can be used" in capsys.readouterr().err
+    (videos / "a.txt").write_text("a caption")
+    write_video(videos / "short.mkv", 5)
+    assert run(videos, out) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["clips"] == 1 and told["rejected"].keys() == {"short.mkv"}
+    write_video(videos / "short.mkv", 12)
+    assert run(videos, out) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["clips"] == 2 and not told["rejected"]
+    assert not json.loads((out / INDEX).read_text())["rejected"]
+
+
 def test_the_real_encoder_in_steps(tmp_path: Path) -> None:
     """Wan's VAE, small and random: latents of a streamed clip are those of frames one step after another."""
     from safetensors.torch import save_file

@@ -38,7 +38,12 @@ def test_the_shipped_configuration_loads() -> None:
         ("num_heads = 4", "num_heads = 7", "not a multiple of num_heads"),
         ("[teacher]", "[teacher", "cannot be read as TOML"),
         ("step_weights = [", "step_weights = [1.0, ", "must be 4 numbers"),
-        ("select_every = 50", "select_every = -1", "select_every must be >= 0"),
+        ("batch = 64", "batch = -1", "batch must be a whole number >= 1, found -1"),
+        (
+            "select_every = 50",
+            "select_every = -1",
+            "distill: select_every must be a number >= 0, found -1",
+        ),
     ],
 )
 def test_bad_configurations_are_one_clear_error(
@@ -72,6 +77,17 @@ def test_the_wan_configuration_loads_and_can_be_changed() -> None:
     ("change", "message"),
     [
         ("model.layers=2", "unknown key layers"),
+        ("distill.betas=[0.5]", "distill: betas must be two numbers >= 0 and < 1, found .0.5,"),
+        ("distill.betas=['a', 0.9]", "betas must be a list of numbers"),
+        ("distill.student_lr=-1.0", "student_lr must be a number > 0, found -1.0"),
+        ("distill.student_lr=inf", "student_lr must be a number > 0, found inf"),
+        ("distill.critic_lr=nan", "critic_lr must be a number > 0, found nan"),
+        ("distill.steps=0", "distill: steps must be a whole number >= 1, found 0"),
+        ("distill.regularise_sigma=0", "regularise_sigma must be a number > 0, found 0"),
+        ("distill.ema=1.0", "ema must be a number >= 0 and < 1, found 1.0"),
+        ("distill.long_share=1.5", "long_share must be a share from 0 to 1, found 1.5"),
+        ("distill.step_weights=[0, 0, 0, 0]", "step_weights must be 4 numbers >= 0, not all 0"),
+        ("timestep_shift=0", "timestep_shift must be a number > 0, found 0"),
         ("model.num_layers=many", "num_layers must be a whole number, found 'many'"),
         ("distill.student_lr=fast", "student_lr must be a number, found 'fast'"),
         ("parallel.checkpoint_activations=1", "must be true or false, found 1"),

@@ -41,6 +41,20 @@ def test_a_step_of_wan_1_3b() -> None:
     assert 20 * least < plan.flops_of[1] < 200 * least
 
 
+def test_passes_in_float32_take_twice_the_memory(tmp_path: Path) -> None:
+    write_inputs(tmp_path)
+    half, single = (
+        make_plan(load_config(write_config(tmp_path, parallel={"precision": name})), LATENT_HW, 2)
+        for name in ("bf16", "fp32")
+    )
+    for name in ("gathered", "kv_cache"):
+        assert getattr(single.memory, name) == 2 * getattr(half.memory, name)
+    assert single.memory.activations > 1.3 * half.memory.activations  # norms are float32 in both
+    more = single.memory.parameters - half.memory.parameters
+    assert more == 2 * half.sizes["teacher"] // 2
+    assert single.flops == half.flops
+
+
 @pytest.mark.long
 def test_products_are_those_of_a_real_step(tmp_path: Path) -> None:
     """Counted on the meta device over shallow networks, against real steps of a deeper one."""

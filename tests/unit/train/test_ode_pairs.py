@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import weakref
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -77,6 +79,26 @@ def test_a_pair_is_the_teachers_path(folder: Path, capsys: pytest.CaptureFixture
             x = x + (after - now) * (other + 3 * (cond - other))
         expected = path[:, state + 1] if state < 3 else end
         torch.testing.assert_close(x, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_embeddings_are_read_one_by_one(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file of them is larger than memory; so is a large teacher in float32."""
+    alive: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
+    most = 0
+    contexts = PromptTable.contexts
+
+    def counted(table: PromptTable, rows: Sequence[int]) -> torch.Tensor:
+        nonlocal most
+        found = contexts(table, rows)
+        alive.add(found)
+        most = max(most, len(alive))
+        return found
+
+    monkeypatch.setattr(PromptTable, "contexts", counted)
+    assert run(folder) == 0
+    assert (
+        most <= 3
+    )  # the negative prompt's, a prompt's, and the one before it until it is replaced
 
 
 def test_it_goes_on_and_parts_fill_one_folder(

@@ -20,6 +20,7 @@ from train.parallel import Parallel, check_ranks
 from train.real_config import ParallelConfig
 
 ROOT = Path(__file__).parents[3]
+STEPS = 6  # of the distillation
 Curve = list[dict[str, float]]
 
 
@@ -62,24 +63,34 @@ def assert_equal(found: Curve, expected: Curve, tolerance: float = 1e-4) -> None
 def without_last(run: Path, copy: Path) -> Path:
     """A copy of a run as it was one step before its end."""
     shutil.copytree(run, copy)
-    shutil.rmtree(copy / "distill" / "step_00000004")
+    shutil.rmtree(copy / "distill" / f"step_{STEPS:08d}")
     shutil.rmtree(copy / "student")
-    assert (copy / "distill" / "step_00000003").is_dir()
+    assert (copy / "distill" / f"step_{STEPS - 1:08d}").is_dir()
     return copy
 
 
 def test_two_processes_train_as_one_and_take_up_each_others_checkpoints(tmp_path: Path) -> None:
     write_inputs(tmp_path)
-    config = write_config(tmp_path)
-    one = alone(config, tmp_path / "one")
-    assert [r["stage"] for r in one] == ["teacher"] * 2 + ["init"] * 2 + ["distill"] * 4
-    assert any("disc" in r for r in one), "no step had an adversarial part"
-    two = together(config, tmp_path / "two")
+    # Two micro-batches a process, so that pulls and pushes are summed apart, as in a real run.
+    config = write_config(
+        tmp_path,
+        parallel={"micro_batches": 4, "checkpoint_activations": True},
+        distill={
+            "steps": STEPS, "step_weights": [0.8, 0, 0, 0.2], "first_steps_share": 0.0, "asd_ratio": 5.0,
+        },
+    )  # fmt: skip
+    seed = ["--seed", "1"]  # whose discriminator tells clips apart from its second step on
+    one = alone(config, tmp_path / "one", *seed)
+    assert [r["stage"] for r in one] == ["teacher"] * 2 + ["init"] * 2 + ["distill"] * STEPS
+    assert [r.get("push", 0) > 0 for r in one[-6:]] == [False] * 4 + [True] * 2, "ASD must push"
+    assert one[-1]["push"] > 0.5
+    two = together(config, tmp_path / "two", *seed)
     assert_equal(two, one)
 
     # Of two, gone on with by one; and the other way round.
-    assert_equal(alone(config, without_last(tmp_path / "two", tmp_path / "a"), "--resume"), one)
-    assert_equal(together(config, without_last(tmp_path / "one", tmp_path / "b"), "--resume"), one)
+    seed.append("--resume")
+    assert_equal(alone(config, without_last(tmp_path / "two", tmp_path / "a"), *seed), one)
+    assert_equal(together(config, without_last(tmp_path / "one", tmp_path / "b"), *seed), one)
     expected = load_file(tmp_path / "one" / "student" / "model.safetensors")
     for run in ("two", "a", "b"):
         found = load_file(tmp_path / run / "student" / "model.safetensors")

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from asd_rt.errors import ConfigError
+from asd_rt.plan import FixedPlan
 from tests.unit.train.toy import toy_toml
 from train.__main__ import main
 from train.checkpoint import load_checkpoint
 from train.config import load_config
+from train.evaluation import Evaluation, Row
+from train.kept_rows import KeptRows
 from train.pipeline import World
+from train.scores import Scores
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +91,7 @@ def test_a_run_from_before_hands_on_when_asked(whole: Path, toml: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (["--seed", str(2**32)], "--seed must be a whole number from 0 to 4294967295"),
         (["--init", "x"], "--init needs the --teacher"),
         (["--save-every", "-1"], "--save-every must be"),
         (["--teacher", "nowhere"], "nowhere: no such checkpoint"),
@@ -97,3 +104,44 @@ def test_bad_arguments_are_one_line(
     assert main(["--config", str(toml), "--out", str(tmp_path / "out"), *flags]) == 1
     told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
     assert len(told) == 1 and message in told[0]
+
+
+def test_scoring_goes_on_where_it_was_interrupted(
+    whole: Path, toml: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After an interruption only what is missing is judged, and a finished run judges nothing."""
+    flags = ["--config", str(toml), "--out", str(whole), "--threads", "1", "--resume"]
+    before = (whole / "scores.json").read_text()
+    (whole / "rows.json").unlink()
+    judged: list[str] = []
+    subject = Evaluation.subject
+
+    def judge(self: Evaluation, *args: Any) -> Any:
+        if len(judged) == 4:
+            raise KeyboardInterrupt
+        judged.append(args[0].name)
+        return subject(self, *args)
+
+    monkeypatch.setattr(Evaluation, "subject", judge)
+    assert main([*flags, "--stages", "evaluate"]) == 130
+    assert judged == ["teacher, 30 steps", "causal start", "causal start", "student"]
+    judged[:] = [""] * 5
+    assert main([*flags, "--stages", "evaluate"]) == 0
+    assert judged[5:] == ["student"] * 7
+    assert (whole / "scores.json").read_text() == before
+    judged.clear()
+    assert main(flags) == 0
+    assert judged == []
+    (whole / "rows.json").write_text('{"mark')
+    assert main(flags) == 1
+    (whole / "rows.json").unlink()
+
+
+def test_rows_of_another_student_are_not_taken_for_its_own(tmp_path: Path) -> None:
+    scores = Scores({"total": 1 / 3}, {"total": [0.1, 0.7]})
+    row = Row("student", FixedPlan(1, 4), 1, 12, 4, scores)
+    KeptRows(tmp_path / "rows.json", "a").row("x", lambda: row)
+    again, known = KeptRows(tmp_path / "rows.json", "a").row("x", lambda: replace(row, clips=5))
+    assert known and again == row
+    other, known = KeptRows(tmp_path / "rows.json", "b").row("x", lambda: replace(row, clips=5))
+    assert not known and other.clips == 5

@@ -105,6 +105,7 @@ def test_one_step_at_the_width_of_1_3b(tmp_path: Path) -> None:
         "out_dim": 16, "num_heads": 12, "num_layers": 1,
     }  # fmt: skip
     distill = {"steps": 2, "critic_updates": 1, "step_weights": [1, 0, 0, 0], "student_lr": 2e-6}
+    distill |= {"first_steps_share": 0.0}
     config = only_distill(
         tmp_path,
         model=wan,
@@ -113,32 +114,36 @@ def test_one_step_at_the_width_of_1_3b(tmp_path: Path) -> None:
         distill=distill,
         parallel={"micro_batches": 1, "checkpoint_activations": True},
     )
-    out = tmp_path / "out"
-    assert run(config, out) == 0
+    out, seed = tmp_path / "out", ["--seed", "1"]
+    assert run(config, out, *seed) == 0
     first = [json.loads(line) for line in (out / "curve.jsonl").read_text().splitlines()]
     assert {"loss", "grad_norm", "disc", "critic"} <= set(first[0])
     assert first[0]["grad_norm"] > 0
+    assert first[1]["push"] > 0, "ASD must push in the step that is resumed"
     start = load_checkpoint(weights).weights["blocks.0.ffn.0.weight"].float()
     student = load_checkpoint(out / "student").weights["blocks.0.ffn.0.weight"]
     assert 0 < (student - start).abs().max() < 1e-4
     shutil.rmtree(out / "distill" / "step_00000002")
-    assert run(config, out, "--resume") == 0
+    assert run(config, out, *seed, "--resume") == 0
     again = [json.loads(line) for line in (out / "curve.jsonl").read_text().splitlines()]
-    assert [r["loss"] for r in again] == [r["loss"] for r in first]
+    for key in ("loss", "grad_norm", "disc", "critic"):
+        assert [r[key] for r in again] == [r[key] for r in first]
 
 
 def test_activation_checkpoints_change_nothing(folder: Path) -> None:
     for name in ("plain", "checkpointed"):
         parallel = {"checkpoint_activations": name == "checkpointed", "save_minutes": 10.0}
-        config = only_distill(folder, parallel=parallel, distill={"steps": 2})
-        assert run(config, folder / name) == 0
+        distill = {"steps": 4, "step_weights": [1, 0, 0, 0], "asd_ratio": 5.0}
+        config = only_distill(folder, parallel=parallel, distill=distill)
+        assert run(config, folder / name, "--seed", "3") == 0
     curves = [
         [json.loads(line) for line in (folder / name / "curve.jsonl").read_text().splitlines()]
         for name in ("plain", "checkpointed")
     ]
     for one, other in zip(*curves, strict=True):
-        for key in ("loss", "grad_norm", "critic"):
-            assert one[key] == pytest.approx(other[key], rel=1e-5)
+        for key in ("loss", "grad_norm", "critic", "disc", "push"):
+            assert one[key] == pytest.approx(other[key], rel=1e-4)
+    assert curves[0][2]["push"] > 0.5, "ASD must push"
 
 
 def test_a_loss_that_is_not_finite_keeps_the_checkpoint(
@@ -151,6 +156,39 @@ def test_a_loss_that_is_not_finite_keeps_the_checkpoint(
     (*_, last) = folders(folder / "out" / "distill")
     assert str(last) in said
     assert read_mark(last)["step"] < 50
+    # What the line says to do helps.
+    config = only_distill(folder, distill={"steps": 2})
+    assert run(config, folder / "out", "--resume") == 1
+    place = folder / "out" / "distill"
+    assert f"remove {place}" in said and f"remove {place}" in error_line(capsys)
+    shutil.rmtree(place)
+    assert run(config, folder / "out", "--resume") == 0
+    curve = (folder / "out" / "curve.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in curve] == [0, 1]
+
+
+def test_gradients_that_are_not_finite_are_told_before_their_step_is_saved(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The discriminator's penalty is no figure, its gradient's norm is."""
+    monkeypatch.setattr(
+        "train.distill.shake_penalty", lambda logits, *_: logits[0].sum() * math.nan
+    )
+    config = only_distill(folder, distill={"step_weights": [1, 0, 0, 0]})
+    assert run(config, folder / "out") == 1
+    said = error_line(capsys)
+    assert "distill step 0: a figure is not finite" in said and "'disc_norm': nan" in said
+    assert not folders(folder / "out" / "distill")
+
+
+def test_the_causal_start_is_of_one_timestep_shift(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write_config(folder, leave_out=("teacher",))
+    assert run(config, folder / "out", "--stages", "init") == 0
+    changed = ["--set", "timestep_shift=3.0"]
+    assert run(config, folder / "out", "--stages", "init", "--resume", *changed) == 1
+    assert "made with another configuration or seed" in error_line(capsys)
 
 
 def test_a_disk_that_is_full_while_saving(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,6 +14,7 @@ from asd_rt.errors import CheckpointError, ConfigError
 from train.causal_init import InitStage
 from train.classifier import ClassifierStage
 from train.codec import LinearCodec, VocabularyEncoder
+from train.command_line import MAX_SEED
 from train.config import TrainConfig, fingerprint, load_config
 from train.distill import DistillStage
 from train.model import WanModel
@@ -156,6 +157,12 @@ def test_streams_of_steps_differ() -> None:
         for i in range(5)
     }
     assert len(draws) == 20
+
+
+@pytest.mark.parametrize("seed", [20_260_101, MAX_SEED])
+def test_large_seeds_have_streams_of_their_own(seed: int) -> None:
+    draws = [torch.randn(4, generator=step_generator(s, "distill", 7)) for s in (seed, seed - 1)]
+    assert not torch.equal(*draws)
 
 
 def test_ema_and_schedule() -> None:
