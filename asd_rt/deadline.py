@@ -144,7 +144,7 @@ class DeadlinePlan:
         """Time that `block` has."""
         return self.deadline_ms * (self.first_steps if block == 0 else 1)
 
-    def begin(self, block: int, past_frames: int, joined: bool = False) -> None:
+    def begin(self, block: int, past_frames: int, joined: bool = False, anew: bool = False) -> None:
         """Plan a block. Block 0 begins a video.
 
         Args:
@@ -152,6 +152,7 @@ class DeadlinePlan:
             past_frames: that its passes attend to besides itself.
             joined: its first pass is also the cache pass of the block before. Otherwise that pass may have
                 been observed already: then what it took counts, else what it is expected to take.
+            anew: it begins a new video; without a deadline it gets as many steps as a first block.
         """
         if block == 0:
             self._restart()
@@ -170,6 +171,8 @@ class DeadlinePlan:
         self._fits = price.of(1) <= left_ms
         if block == 0:
             self._steps = max(1, price.most(left_ms, self.first_steps))
+        elif anew and self.deadline_ms >= MAX_DEADLINE_MS:
+            self._steps = self.first_steps
         else:
             self._steps = self._settle(price, budget_ms)
             if self._charged_ms:  # that says nothing about the blocks to come

@@ -83,7 +83,8 @@ class FrameLoop:
         self._context = pad_context(request.context, text_len)
         self.join = join
         self._cache = cache
-        self.slots = FrameSlots(cache, request.shape[1])
+        given = 0 if request.initial is None else request.initial.shape[1]
+        self.slots = FrameSlots(cache, request.shape[1], given)
         self._before = 0  # frames before the first one that `slots` counts
         self._clean = CleanBlocks(cache.block_frames)
         self._stale = False  # the first of them shows another prompt than the present one
@@ -91,7 +92,7 @@ class FrameLoop:
         self._switches: deque[Switch] = deque()  # a queue, because another thread may fill it
         batch, frames, *rest = request.shape
         size = cache.block_frames
-        self._first = 0 if request.initial is None else request.initial.shape[1] // size
+        self._first = given // size
         self._last = frames // size - 1 if frames else sys.maxsize
         self._ahead = NoiseAhead((batch, size, *rest), request.seed, self._first, self._last)
 
@@ -136,7 +137,7 @@ class FrameLoop:
             else:
                 past = slots.past_frames + size - len(slots.leaving_slots())
             number = index - self._first
-            request.plan.begin(number, past, due is not None)
+            request.plan.begin(number, past, due is not None, self._anew)
             count = self._steps_of(number)
             joined = (
                 size if due is not None else 0

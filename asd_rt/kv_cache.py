@@ -60,8 +60,10 @@ class FrameSlots:
         "sink_frames",
     )
 
-    def __init__(self, cache: CacheConfig, total_frames: int) -> None:
+    def __init__(self, cache: CacheConfig, total_frames: int, given_frames: int = 0) -> None:
         """A cache for a video of `total_frames` latent frames (rounded up to whole blocks), 0 = endless.
+
+        `given_frames` of them are those that it begins with, which is told apart in errors.
 
         Raises:
             ConfigError: the video is longer than a cache without a window can hold.
@@ -75,11 +77,13 @@ class FrameSlots:
         needed = blocks * cache.block_frames
         self._windowed = bool(cache.window_frames)
         if not self._windowed and cache.max_frames and needed > cache.max_frames:
+            most = cache.max_frames - cache.max_frames % cache.block_frames - given_frames
+            start = f" behind the {given_frames} of the start" if given_frames else ""
+            mend = f"ask for at most {most} frames" if most > 0 else "begin with a shorter clip"
             raise ConfigError(
-                f"{needed} frames asked for, but this engine's cache holds {cache.max_frames} and "
-                f"has no window; ask for at most "
-                f"{cache.max_frames - cache.max_frames % cache.block_frames} frames, or build it "
-                f"again with --max-frames {needed} or with --window-frames"
+                f"{needed - given_frames} frames asked for{start}, but this engine's cache holds "
+                f"{cache.max_frames} and has no window; {mend}, or build it again with "
+                f"--max-frames {needed} or with --window-frames"
             )
         self.block_frames = cache.block_frames
         self.sink_frames = cache.sink_frames

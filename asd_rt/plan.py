@@ -13,7 +13,7 @@ from asd_rt.schedule import MAX_STEPS, check_steps
 class _Unwatched:
     """A plan that does not look at the clock takes what a frame loop tells every plan, and forgets it."""
 
-    def begin(self, block: int, past_frames: int, joined: bool = False) -> None:
+    def begin(self, block: int, past_frames: int, joined: bool = False, anew: bool = False) -> None:
         """A block begins; see DeadlinePlan."""
 
     def observe(self, kind: Kind, past_frames: int, ms: float) -> None:

@@ -138,8 +138,10 @@ class TextEncoder:
         """The session, created when there is none."""
         if self._session is not None:
             return self._session
-        for name in ("text", "text_weights"):
-            check_part(self._path, self._manifest, name)
+        if not self._is_checked:  # gigabytes, once and not for every prompt that loads them again
+            for name in ("text", "text_weights"):
+                check_part(self._path, self._manifest, name)
+            self._is_checked = True
         file = part_path(self._path, self._manifest, "text")
         self._session = open_text_session(file, self._threads)
         _log.info("loaded %s", file)

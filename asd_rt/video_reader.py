@@ -73,14 +73,14 @@ def read_clip(source: str | Path | BinaryIO, manifest: Manifest, name: str = "")
     """
     name = name or str(source)
     size = _engine_size(manifest)
-    taken: deque[Pixels] = deque(maxlen=start_frame_count(manifest, _most_blocks(manifest)))
+    taken: deque[Pixels] = deque(maxlen=start_frame_count(manifest, most_blocks(manifest)))
     count, note = 0, ""
     with _opened(source, name) as container, _damage(name):
         for frame in _at_rate(container, name, manifest.fps):
             shown, note = _fit(_upright(frame), size)
             taken.append(shown)
             count += 1
-    blocks = _most_blocks(manifest)
+    blocks = most_blocks(manifest)
     while blocks and start_frame_count(manifest, blocks) > len(taken):
         blocks -= 1
     if not blocks:
@@ -117,7 +117,7 @@ def read_frames(path: str | Path, fps: float, size: tuple[int, int]) -> Iterator
             yield _fit(_upright(frame), size)[0]
 
 
-def _most_blocks(manifest: Manifest) -> int:
+def most_blocks(manifest: Manifest) -> int:
     """Blocks that the first generated one can see."""
     cache = manifest.cache
     held = cache.window_frames or cache.max_frames or 8 * cache.block_frames

@@ -92,8 +92,17 @@ def execute(args: argparse.Namespace) -> Outcome:
 def _opened(
     stack: ExitStack, path: Path, manifest: Manifest, threads: int | None, device: str
 ) -> Callable[[str], FloatArray]:
-    """What encodes a prompt: of a UMT5 text encoder nothing else is opened, and it stays until the end."""
+    """What encodes a prompt: of a UMT5 text encoder nothing else is opened, and it stays until the end.
+
+    Raises:
+        ConfigError: a card is asked for, and the encoder runs on the CPU.
+    """
     if late_parts(manifest) and not is_text_plan(manifest):
+        if device == "cuda":
+            raise ConfigError(
+                f"--device cuda: the text encoder of {path} is a graph, which runs on the CPU; leave it "
+                "out, or build an engine whose text encoder is a plan"
+            )
         return stack.enter_context(TextEncoder(path, manifest, threads, keep=True)).encode
     return stack.enter_context(open_session(path, threads, device=device)).context
 

@@ -139,7 +139,7 @@ def execute(args: argparse.Namespace) -> Outcome:
         for check in (
             lambda: check_can_decode(path, manifest),
             check_prompt,
-            lambda: FrameSlots(manifest.cache, total),
+            lambda: FrameSlots(manifest.cache, total, given),
             lambda: check_refresh(refresh_every or 0, manifest.cache),
             lambda: check_ends(manifest, later, frames, start),
             lambda: make_plan(manifest, steps, first_steps, deadline.block_ms(manifest)),

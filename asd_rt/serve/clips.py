@@ -5,6 +5,7 @@ Finished clips are held in memory, a fixed number of bytes of them; the oldest g
 
 from __future__ import annotations
 
+import logging
 import math
 import tempfile
 from collections import deque
@@ -13,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
+from time import monotonic
 from typing import Any
 
 import numpy as np
@@ -30,6 +32,9 @@ from asd_rt.video import open_writer
 
 Frames = NDArray[np.uint8]
 OVER = ("done", "failed", "cancelled")
+ENCODING = 2  # clips whose raw frames may wait for the encoder, until which no other is begun
+LOOK_AGAIN_S = 0.1
+_log = logging.getLogger(__name__)
 
 
 class ClipsFull(AsdError):
@@ -143,15 +148,16 @@ class ClipStore:
             clip = self._clips.pop(clip_id, None)
             if clip is not None and clip.status not in OVER:
                 clip.status = "cancelled"
-                if clip in self._queue:
+                if clip in self._queue:  # else whoever works on it sees it, and counts it
                     self._queue.remove(clip)
+                    self._over(clip)
             return clip
 
     def _keep(self, clip: Clip) -> None:
-        """Remember `clip`, and forget the oldest finished ones beyond the limits."""
+        """Remember `clip`, and forget the oldest other finished ones beyond the limits."""
         self._clips[clip.id] = clip
-        over = [c for c in self._clips.values() if c.status in OVER]
-        size = sum(len(c.mp4) for c in over)
+        over = [c for c in self._clips.values() if c.status in OVER and c is not clip]
+        size = sum(len(c.mp4) for c in (*over, clip))
         while over and (len(over) > self._limits.clips_kept or size > self._limits.clip_bytes):
             oldest = over.pop(0)
             size -= len(oldest.mp4)
@@ -164,18 +170,22 @@ class ClipStore:
     # The worker's turns.
 
     def due(self) -> float:
-        return 0.0 if self._now is not None or self._queue else math.inf
+        if self._now is not None:
+            return 0.0
+        if not self._queue:
+            return math.inf
+        return 0.0 if self._encoding < ENCODING else monotonic() + LOOK_AGAIN_S
 
     def turn(self) -> bool:
-        clip = self._now
         try:
-            if clip is None:
-                clip = self._begin()
+            clip = self._now or self._begin()
             if clip is not None and self._stream is not None:
                 self._step(clip, self._stream)
         except AsdError as error:
-            if clip is not None:
-                self._fail(clip, str(error))
+            self._fail(str(error))
+        except Exception as error:  # whatever it is, clips behind this one are made
+            _log.exception("a clip failed")
+            self._fail(f"unexpected {type(error).__name__}")
         return True
 
     def end(self, error: AsdError | None) -> None:
@@ -210,21 +220,27 @@ class ClipStore:
             self._metrics.block_seconds.labels("clip").observe(block.block_ms / 1e3)
             return
         self._stop()
-        if clip.status == "cancelled":
+        with self._lock:
+            cancelled = clip.status == "cancelled"
+            if not cancelled:
+                clip.status = "encoding"
+        if cancelled:
             self._over(clip)
-            return
-        clip.status = "encoding"
-        self._encode(clip)
+        else:
+            self._encode(clip)
 
     def _stop(self) -> None:
         if self._stream is not None:
             self._stream.close()
         self._stream = self._now = None
 
-    def _fail(self, clip: Clip, error: str) -> None:
+    def _fail(self, error: str) -> None:
+        """The clip that is being made, or was about to be, is over."""
+        clip = self._now
         self._stop()
-        clip.status, clip.error = "failed", error
-        self._over(clip)
+        if clip is not None:
+            clip.status, clip.error = "failed", error
+            self._over(clip)
 
     def _over(self, clip: Clip) -> None:
         clip.frames = []
@@ -244,6 +260,12 @@ class ClipStore:
             mp4, error = b"", str(failure)
         except Exception as failure:  # of the codec library, whose errors share no base class
             mp4, error = b"", f"unexpected {type(failure).__name__}"
+        most = self._limits.clip_bytes
+        if len(mp4) > most:
+            mp4, error = (
+                b"",
+                f"takes {len(mp4)} bytes, this server keeps {most}; ask for fewer frames",
+            )
         with self._lock:
             self._encoding -= 1
             if clip.status != "cancelled":

@@ -11,7 +11,8 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from asd_rt.arguments import default_frames, make_plan
-from asd_rt.errors import AsdError
+from asd_rt.errors import AsdError, ConfigError
+from asd_rt.kv_cache import FrameSlots
 from asd_rt.serve.clips import ClipsFull
 from asd_rt.serve.protocol import MessageError
 from asd_rt.serve.service import Service
@@ -129,12 +130,16 @@ async def ask_clip(request: Request) -> Response:
     body = await _body(request, service.limits.message_bytes)
     prompt, frames, settings = service.reader.clip(body.decode("utf-8", "replace"))
     manifest = service.session.manifest
-    make_plan(
-        manifest, settings.steps, settings.first_steps, settings.deadline_ms
-    )  # fits together?
+    latent_frames = frames or min(default_frames(manifest), service.limits.clip_frames)
+    # Does it fit together, and into the cache and the memory for raw frames?
+    make_plan(manifest, settings.steps, settings.first_steps, settings.deadline_ms)
+    try:
+        FrameSlots(manifest.cache, latent_frames)
+    except ConfigError as error:
+        raise MessageError(f"frames: {error}") from error
+    service.check_clip(latent_frames)
     loop = asyncio.get_running_loop()
     context = await loop.run_in_executor(service.prompts, service.context, prompt)
-    latent_frames = frames or min(default_frames(manifest), service.limits.clip_frames)
     clip = service.clips.ask(prompt, context, latent_frames, settings)
     service.worker.wake()
     where = f"/v1/videos/{clip.id}"

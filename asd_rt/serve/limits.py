@@ -30,6 +30,7 @@ class Limits:
         upload_s, upload_memory: time (seconds) and memory (bytes) of the process that decodes it.
         uploads_kept: decoded, in the order they came; the oldest go.
         record_bytes: raw frames of a recording.
+        clip_raw_bytes: raw frames of a clip, until it is encoded.
         clips_queued, clips_kept, clip_bytes: clips waiting, finished ones, and bytes of those together.
     """
 
@@ -53,6 +54,7 @@ class Limits:
     upload_memory: int = 1 << 30
     uploads_kept: int = 8
     record_bytes: int = 64 << 20
+    clip_raw_bytes: int = 1 << 30
     clips_queued: int = 16
     clips_kept: int = 32
     clip_bytes: int = 128 << 20

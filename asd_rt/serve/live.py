@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from asd_rt.arguments import make_plan
+from asd_rt.arguments import default_frames, make_plan
 from asd_rt.deadline import MAX_DEADLINE_MS, DeadlinePlan
 from asd_rt.errors import AsdError
 from asd_rt.serve.metrics import Metrics
@@ -187,12 +187,16 @@ class LiveVideo:
             costs=session.costs,
         )
         self._in_video, self._due = 0, monotonic()
+        initial = None if self._start is None else session.start_latents(self._start)
+        frames = self._pool.live_frames
+        if frames and initial is not None:  # what the cache holds besides the start
+            frames = min(frames, default_frames(session.manifest, initial.shape[1]))
         return session.generate_from(
             self._context,
             settings.seed or 0,
-            self._pool.live_frames,
+            frames,
             latent_hw=self._pool.latent_hw,
-            initial=None if self._start is None else session.start_latents(self._start),
+            initial=initial,
             refresh_every=self._pool.refresh_every,
             plan=self._plan,
         )
@@ -232,8 +236,8 @@ class LiveVideo:
         self._recording, self._recorded_bytes = [], 0
 
     def _keep(self, frames: Frames) -> None:
-        if self._recording is None:
-            return
+        if self._recording is None or self._recorded_bytes + frames.nbytes > self._record_bytes:
+            return  # a full one waits to be saved
         self._recording.append(frames)
         self._recorded_bytes += frames.nbytes
         if self._recorded_bytes + frames.nbytes > self._record_bytes:
@@ -248,6 +252,7 @@ class LiveVideo:
         try:
             clip = self._save(frames, self._fps)
         except AsdError as error:
+            self._recording = frames  # nothing is lost: it goes on, and can be saved later
             self._tell({"type": "error", "code": "record", "message": str(error)})
             return
         self._tell({"type": "recorded", "id": clip, "frames": count})

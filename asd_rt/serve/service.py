@@ -8,14 +8,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from threading import Lock
 
-from asd_rt.decoding import frame_size
+from asd_rt.decoding import frame_size, temporal_factor
 from asd_rt.errors import PromptError
+from asd_rt.plan import count_blocks
 from asd_rt.serve.clips import ClipStore
 from asd_rt.serve.ids import Ids
 from asd_rt.serve.limits import Limits, PerClient
 from asd_rt.serve.metrics import Metrics
 from asd_rt.serve.pool import Pool, PoolPlan
-from asd_rt.serve.protocol import Reader
+from asd_rt.serve.protocol import MessageError, Reader
 from asd_rt.serve.seats import Seats
 from asd_rt.serve.uploads import Uploads
 from asd_rt.serve.worker import Worker
@@ -97,6 +98,23 @@ class Service:
         except PromptError as error:
             _log.info("refused: %s", error)
             raise
+
+    def check_clip(self, latent_frames: int) -> None:
+        """Refuse a clip of so many latent frames that its raw frames take more memory than they may.
+
+        Raises:
+            MessageError: with the number that does not.
+        """
+        manifest, most = self.session.manifest, self.limits.clip_raw_bytes
+        rows, columns = self.frame_hw
+        block = manifest.cache.block_frames
+        made = temporal_factor(manifest) * 3 * rows * columns  # bytes of a latent frame's frames
+        needed = count_blocks(latent_frames, block) * block * made
+        if needed > most:
+            raise MessageError(
+                f"frames: {latent_frames} of {columns}x{rows} take {needed / 1e6:.0f} MB before they are "
+                f"encoded, a clip may take {most / 1e6:.0f}; ask for at most {most // made // block * block}"
+            )
 
     def _take(self) -> Session | None:
         """A place of the pool; None where all are taken."""

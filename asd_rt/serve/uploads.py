@@ -16,6 +16,7 @@ from asd_rt.serve import upload_process
 from asd_rt.serve.ids import Ids
 from asd_rt.serve.limits import Limits
 from asd_rt.serve.protocol import MessageError
+from asd_rt.video_reader import most_blocks
 
 GRACE_S = 2.0  # beyond the process's own limit of CPU time, until it is killed
 MOST_AT_ONCE, MOST_WAITING = 2, 4
@@ -117,9 +118,12 @@ class Uploads:
 
 
 def fitted_count(manifest: Manifest, frames: Frames) -> Frames:
-    """The last of `frames` that are whole blocks; where they are fewer than one, the last one is repeated."""
+    """The last of `frames` that are whole blocks, and not more than the first new block can see.
+
+    Where they are fewer than a block, the last one is repeated.
+    """
     blocks, most = 1, len(frames)
-    while start_frame_count(manifest, blocks + 1) <= most:
+    while blocks < most_blocks(manifest) and start_frame_count(manifest, blocks + 1) <= most:
         blocks += 1
     wanted = start_frame_count(manifest, blocks)
     if most >= wanted:

@@ -82,6 +82,7 @@ class Watcher:
         self._wanted: Message | None = None  # prompt to switch to; a newer one takes its place
         self._wants = asyncio.Event()
         self._opened = self._loop.time()
+        self._starts = False  # a start is being obeyed, which may have to wait for the text encoder
 
     async def run(self) -> None:
         """Until the client goes or has to.
@@ -137,7 +138,7 @@ class Watcher:
             seat = self._seat
             if seat is not None and seat.watcher is not self:
                 raise Ended(TAKEN, "the video goes on in another connection")
-            if seat is None and now - self._opened > limits.start_s:
+            if seat is None and not self._starts and now - self._opened > limits.start_s:
                 raise Ended(SILENT, f"no start within {limits.start_s:g} s")
             since = self._outbox.unacknowledged_since
             if since is not None and now - since > limits.ack_s:
@@ -225,7 +226,12 @@ class Watcher:
                     f"{message.type}: a video runs already; send prompt, set or reset", "order"
                 )
             if message.type == "start":
-                await self._start(message)
+                began, self._starts = self._loop.time(), True
+                try:
+                    await self._start(message)
+                finally:  # where it is refused, what it took is not the client's time
+                    self._starts = False
+                    self._opened += self._loop.time() - began
             else:
                 self._go_on(message.session)
             return

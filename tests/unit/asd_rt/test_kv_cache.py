@@ -89,6 +89,17 @@ def test_longer_than_the_cache() -> None:
         FrameSlots(CacheConfig(block_frames=3, max_frames=10), 11)
 
 
+def test_what_is_advised_works_behind_a_start() -> None:
+    cache = CacheConfig(block_frames=3, max_frames=24)
+    with pytest.raises(
+        ConfigError, match=r"^24 frames .*behind the 3 of the start.*at most 21 fra"
+    ):
+        FrameSlots(cache, 27, 3)
+    FrameSlots(cache, 21 + 3, 3)
+    with pytest.raises(ConfigError, match=r"begin with a shorter clip"):
+        FrameSlots(cache, 27, 24)
+
+
 def test_going_on_past_the_end() -> None:
     slots = FrameSlots(CacheConfig(block_frames=2), 2)
     slots.begin_block()

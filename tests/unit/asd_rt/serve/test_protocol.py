@@ -66,6 +66,7 @@ def test_a_deadline_can_be_taken_away() -> None:
         ('{"type": "set", "deadline_ms": NaN}', "NaN is no JSON"),
         ('{"type": "set", "deadline_ms": 1e999}', "found inf"),
         ('{"type": "set", "deadline_ms": -1}', "found -1"),
+        ('{"type": "set", "fps": 1' + "0" * 400 + "}", "from 1 to 120"),
         ('{"type": "set", "fps": 1000}', "from 1 to 120"),
         ('{"type": "reset", "seed": -1}', "found -1"),
         ('{"type": "ack", "block": "1"}', "found 1"),
