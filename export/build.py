@@ -8,6 +8,7 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import train
@@ -17,14 +18,16 @@ from asd_rt.files import make_folder
 from asd_rt.memory_report import memory_report, memory_text
 from asd_rt.plan import FixedPlan, count_blocks
 from asd_rt.planner import USUAL_LATENT_HW, Video
+from export.build_arguments import DRY_FRAMES
 from export.build_arguments import make_parser as make_parser
+from export.codec import PRECISIONS as VAE_PRECISIONS
 from export.codec import CodecChoice, add_codec, check_codec
 from export.engine import Target, build_engine
 from export.plans import check_fp8, plan_obstacle
 from export.quantize import FORMATS, Wish, check_wish
 from export.settings import Overrides, Settings, resolve
-from export.tensorrt import NO_CARD_TARGETS, check_gpus, import_tensorrt
-from export.text import add_text_encoder, check_text, check_text_plan
+from export.tensorrt import NO_CARD_TARGETS, builds_for_others, check_gpus, import_tensorrt
+from export.text import add_text_encoder, check_text, check_text_memory, check_text_plan
 from export.umt5_source import open_umt5
 from train.checkpoint import Checkpoint, describe_checkpoint, load_checkpoint
 from train.command_line import exit_code
@@ -68,7 +71,7 @@ def choose_targets(
         if obstacle:
             raise ConfigError(obstacle)
         trt = import_tensorrt()
-        gpus = check_gpus(trt, args.gpu) or _present_targets()
+        gpus = check_gpus(trt, args.gpu) or _present_targets(trt)
         if precision == "fp8":
             check_fp8(gpus)
         if args.text_encoder is not None and args.text_target != "onnx":
@@ -83,13 +86,22 @@ def choose_targets(
     return targets
 
 
-def _present_targets() -> tuple[str, ...]:
-    """The card of this machine, or common ones where there is none."""
+def _present_targets(trt: ModuleType) -> tuple[str, ...]:
+    """The card of this machine, or common ones where there is none.
+
+    Raises:
+        BackendError: there is none, and the module builds for no other.
+    """
     from asd_rt.backends.cuda import present_gpu
 
     try:
         return (present_gpu(),)
-    except BackendError:
+    except BackendError as error:
+        if not builds_for_others(trt):
+            raise BackendError(
+                f"{trt.__name__} {trt.__version__} builds for the present card only, and there is none "
+                f"({error}); pip install tensorrt-rtx"
+            ) from error
         log.info(
             "no NVIDIA card here: building for %s; choose others with --gpu",
             ", ".join(NO_CARD_TARGETS),
@@ -117,13 +129,24 @@ def dry_run(args: argparse.Namespace) -> dict[str, Any]:
     Raises:
         AsdError: bad input.
     """
+    _check_company(args)
     checkpoint: Checkpoint = describe_checkpoint(args.checkpoint or default_checkpoint())
     settings = _settings(args, checkpoint)
+    check_wish(Wish(args.keep_layers), checkpoint.config.num_layers)
     target = choose_targets(args, settings, checkpoint.config)[0]
     hw = settings.latent_hw or USUAL_LATENT_HW
-    if args.frames < 1:
-        raise ConfigError(f"--frames must be a whole number >= 1, found {args.frames}")
-    frames = count_blocks(args.frames, 1)
+    asked = DRY_FRAMES if args.frames is None else args.frames
+    if asked < 1:
+        raise ConfigError(f"--frames must be a whole number >= 1, found {asked}")
+    frames = count_blocks(asked, 1)
+    flags = {
+        "--vae": args.vae,
+        "--text-encoder": args.text_encoder,
+        "--keep-layers": args.keep_layers,
+    }
+    given = ", ".join(flag for flag, value in flags.items() if value)
+    if given:
+        log.info("not counted: %s", given)
     video = Video(checkpoint.config, settings.cache, target.precision, hw, frames, target.backend)
     return memory_report(video)
 
@@ -134,18 +157,22 @@ def build(args: argparse.Namespace) -> list[Path]:
     Raises:
         AsdError: bad input, an unwritable folder, or an engine that misses its parity budget.
     """
+    _check_company(args)
+    if args.frames is not None:
+        raise ConfigError("--frames is for --dry-run; add that, or leave it out")
     FixedPlan(args.steps, args.first_steps or args.steps)  # before weights are read
     checkpoint: Checkpoint = load_checkpoint(args.checkpoint or default_checkpoint())
     settings = _settings(args, checkpoint)
     check_wish(Wish(args.keep_layers), checkpoint.config.num_layers)
     targets = choose_targets(args, settings, checkpoint.config)
     codec = _codec(args, checkpoint)
-    if args.text_precision is not None and args.text_encoder is None:
-        raise ConfigError("--text-precision is for --text-encoder; name its folder")
     _check_text_target(args, targets)
     text = None if args.text_encoder is None else open_umt5(args.text_encoder)
     if text is not None:
         check_text(text, checkpoint.config)
+        plans = [args.out / target.file for target in targets if target.backend != "onnx"]
+        if plans and args.text_target != "onnx":
+            check_text_memory(text, args.text_precision, plans, args.force)
     make_folder(args.out)
     engines = [
         build_engine(checkpoint, settings, target, args.out, args.force, args.allow_inaccurate)
@@ -156,6 +183,18 @@ def build(args: argparse.Namespace) -> list[Path]:
     if codec is not None:
         add_codec(codec, engines, args.force)
     return engines
+
+
+def _check_company(args: argparse.Namespace) -> None:
+    """Refuse flags of a part that is not asked for.
+
+    Raises:
+        ConfigError: with the flag that is missing.
+    """
+    if args.text_precision is not None and args.text_encoder is None:
+        raise ConfigError("--text-precision is for --text-encoder; name its folder")
+    if args.vae_precision is not None and args.vae is None:
+        raise ConfigError("--vae-precision is for --vae; name its codec")
 
 
 def _check_text_target(args: argparse.Namespace, targets: Sequence[Target]) -> None:
@@ -188,7 +227,7 @@ def _codec(args: argparse.Namespace, checkpoint: Checkpoint) -> CodecChoice | No
         )
     codec = load_codec(args.vae)
     check_codec(codec, checkpoint.config.out_dim, f"checkpoint {checkpoint.name}")
-    return CodecChoice(codec, args.vae_precision)
+    return CodecChoice(codec, args.vae_precision or VAE_PRECISIONS[0])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -10,6 +10,7 @@ from export.umt5_storage import PRECISIONS as TEXT_PRECISIONS
 from train.command_line import Parser
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
+DRY_FRAMES = 21  # of the video that a dry run plans
 EXAMPLES = """examples:
   python -m export.build --steps 1
       the shipped tiny student, for every backend that is installed
@@ -106,7 +107,6 @@ def make_parser() -> argparse.ArgumentParser:
     add(
         "--vae-precision",
         choices=VAE_PRECISIONS,
-        default="fp32",
         help="of the codec's weights and caches; fp16 is computed with in float32 (default fp32)",
     )
     add("--force", action="store_true", help="replace engines that differ")
@@ -161,8 +161,8 @@ def make_parser() -> argparse.ArgumentParser:
     add(
         "--dry-run",
         action="store_true",
-        help="build nothing; show what memory its videos would take",
+        help="build nothing; show what memory its videos would take, codec and text encoder aside",
     )
-    add("--frames", type=int, default=21, metavar="N", help="of such a video (default 21)")
+    add("--frames", type=int, metavar="N", help=f"of such a video (default {DRY_FRAMES})")
     add("--debug", action="store_true", help="show the traceback of an error")
     return parser

@@ -151,6 +151,8 @@ def _fits(key: str, old: Manifest, new: Manifest) -> bool:
     same = all(getattr(old, name) == getattr(new, name) for name in settings)
     if new.backend != "onnx":  # a plan serves one version of its builder
         same = same and old.tools.get(old.backend) == new.tools.get(new.backend)
+        if key == "codec":  # and takes blocks of one size
+            same = same and old.cache.block_frames == new.cache.block_frames
     sizes = ("text_dim", "text_len") if key == "text" else ("out_dim",)
     return same and all(getattr(old.model, n) == getattr(new.model, n) for n in sizes)
 

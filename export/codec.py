@@ -266,9 +266,10 @@ def measure_codec(folder: Path, manifest: Manifest, choice: CodecChoice) -> dict
     budget = BUDGETS[choice.precision]
     failed = [f"{name} {value:.1e}" for name, value in largest.items() if not value <= budget]
     if failed:
+        advised = "name another codec" if choice.precision == "fp32" else "use --vae-precision fp32"
         raise EngineError(
             f"--vae {codec.name}: parity with float32 torch failed (largest difference {', '.join(failed)}, "
-            f"budget {budget:.0e}); nothing was written; use --vae-precision fp32"
+            f"budget {budget:.0e}); it was not added to {manifest.name}; {advised}"
         )
     return {
         "metric": "largest absolute difference from float32 torch",

@@ -163,7 +163,7 @@ def _fill(
     log.info("  parity    pass %.1e, rollout %.1e (budgets %.0e, %.0e) %.1f s",
              gate.worst_pass, gate.worst_rollout, parity["budget"]["pass"],
              parity["budget"]["rollout"], perf_counter() - began)  # fmt: skip
-    accept(manifest.name, gate, allow_inaccurate)
+    accept(manifest.name, gate, allow_inaccurate, target.precision, is_plan)
     parity |= chosen or {}
     if not is_plan:
         speed = measure_speed(denoiser, manifest, scratch.parent)

@@ -157,8 +157,17 @@ def _device(engine: OrtEngine, manifest: Manifest) -> str:
     return engine.device
 
 
-def accept(name: str, gate: Gate, allow_inaccurate: bool) -> None:
+def accept(
+    name: str, gate: Gate, allow_inaccurate: bool, precision: str, is_plan: bool = False
+) -> None:
     """Let an engine pass the gate, or refuse it.
+
+    Args:
+        name: of the engine.
+        gate: what was measured.
+        allow_inaccurate: take it with finite figures.
+        precision: of the engine.
+        is_plan: it becomes a TensorRT plan, for which there is no fp32.
 
     Raises:
         EngineError: a figure exceeds the budget of the engine's precision, and that is not allowed or not
@@ -171,9 +180,12 @@ def accept(name: str, gate: Gate, allow_inaccurate: bool) -> None:
         log.warning("  inaccurate, as --allow-inaccurate allows: %s", missed)
         return
     allowed = ", or take it as it is: --allow-inaccurate" if gate.finite else ""
+    better = ("fp16", "bf16") if is_plan else ("fp32",)
+    others = " or ".join(other for other in better if other != precision)
+    advised = f"build with --precision {others}, or " if others else ""
     raise EngineError(
-        f"{name}: parity with float32 torch failed (relative L2): {missed}; nothing was written; build with "
-        f"--precision fp32, or look for weights that overflow{allowed}"
+        f"{name}: parity with float32 torch failed (relative L2): {missed}; nothing was written; "
+        f"{advised}look for weights that overflow{allowed}"
     )
 
 

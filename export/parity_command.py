@@ -65,7 +65,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--out",
         type=Path,
         metavar="FOLDER",
-        help="an existing folder for parity.json, .md and pictures",
+        help="folder for parity.json, .md and pictures, made if absent",
     )
     add("--debug", action="store_true", help="show the traceback of an error")
     return parser

@@ -68,6 +68,11 @@ def import_tensorrt() -> ModuleType:
     raise BackendError(f"TensorRT is not installed; {INSTALL}")
 
 
+def builds_for_others(trt: ModuleType) -> bool:
+    """Whether the module builds for cards that are not here: tensorrt_rtx does, tensorrt does not."""
+    return hasattr(trt, "ComputeCapability")
+
+
 def check_gpus(trt: ModuleType, gpus: Sequence[str]) -> tuple[str, ...]:
     """`gpus` without repetitions, if the module can build for all of them.
 
@@ -106,7 +111,7 @@ def build_plan(
         file: the part as ONNX, its weights inside or in a file beside it.
         inputs: of the part.
         ranges: (smallest, most usual, largest) size of every symbol in their shapes.
-        gpus: targets such as "sm89"; empty = the present card.
+        gpus: targets such as "sm89"; empty = the present card, as for a module that builds for no other.
 
     Raises:
         EngineError: the parser refuses a node or leaves an input unused, the builder returns nothing or
@@ -196,7 +201,7 @@ def _check_unused(
 
 
 def _set_targets(trt: ModuleType, name: str, config: Any, gpus: Sequence[str]) -> None:
-    if not gpus:
+    if not gpus or not builds_for_others(trt):
         return
     config.num_compute_capabilities = len(gpus)
     for index, gpu in enumerate(gpus):

@@ -8,7 +8,7 @@ weights; it may be asked to stay a graph, which runs on the CPU beside the card.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
 from time import perf_counter
@@ -89,7 +89,7 @@ def add_text_encoder(
         EngineError: it cannot be written or compiled, or is too far from the reference.
         CheckpointError: weights that are not finite, or too large for float16.
     """
-    precision = precision or ("fp16" if source.is_half else "fp32")
+    precision = precision or _usual_precision(source)
     plans = [] if target == "onnx" else [e for e in engines if read_manifest(e).backend != "onnx"]
     for engine in plans:
         _add_plan(source, precision, engine, force)
@@ -126,13 +126,7 @@ def add_text_encoder(
 
 def _add_plan(source: Umt5Source, precision: str, engine: Path, force: bool) -> None:
     """Make the text encoder a plan beside the other plans of `engine`."""
-    manifest = read_manifest(engine)
-    told: dict[str, Any] = {
-        "name": source.name,
-        "sha256": source.sha256,
-        "precision": precision,
-        "parts": ["text", "text_log", "tokenizer"],
-    }
+    manifest, told = read_manifest(engine), _told_of_plan(source, precision)
     if not force and is_added(engine, "text", told):
         log.info("%s: its text encoder is up to date", engine)
         return
@@ -151,6 +145,40 @@ def _add_plan(source: Umt5Source, precision: str, engine: Path, force: bool) -> 
         replace_parts(engine, "text", told, parts, parity, scratch, tokenizer=tokenizer)
     log.info("%s: wrote its text encoder, %.1f MB", engine,
              sum(part.bytes for part in parts.values()) / 1e6)  # fmt: skip
+
+
+def _usual_precision(source: Umt5Source) -> str:
+    return "fp16" if source.is_half else "fp32"
+
+
+def _told_of_plan(source: Umt5Source, precision: str) -> dict[str, Any]:
+    """What the manifest of a plan says of its text encoder."""
+    return {
+        "name": source.name,
+        "sha256": source.sha256,
+        "precision": precision,
+        "parts": ["text", "text_log", "tokenizer"],
+    }
+
+
+def check_text_memory(
+    source: Umt5Source, precision: str | None, plans: Sequence[Path], force: bool
+) -> None:
+    """Refuse to compile what this machine has not the memory for, before the engines are built.
+
+    Args:
+        source, precision, force: as of `add_text_encoder`.
+        plans: engine files that are to get it; those that have it already need no memory.
+
+    Raises:
+        ConfigError: with the memory that it takes and what is free.
+    """
+    try:
+        _check_memory(source)
+    except ConfigError:
+        told = _told_of_plan(source, precision or _usual_precision(source))
+        if force or not all(is_added(plan, "text", told) for plan in plans):
+            raise
 
 
 def _check_memory(source: Umt5Source) -> None:

@@ -250,7 +250,8 @@ def save_checkpoint(
 ) -> None:
     """Write a checkpoint folder as a whole: it is written under a temporary name, then renamed.
 
-    An existing checkpoint at `folder` is replaced; other files there (a model card) are kept.
+    An existing checkpoint at `folder` is replaced; other files and folders there (a model card) are copied
+    over before that, links as links.
 
     Args:
         folder: to be made; its parent must exist.
@@ -262,10 +263,14 @@ def save_checkpoint(
         half: store `weights` rounded to float16 (else float32).
 
     Raises:
-        CheckpointError: weights that do not fit `config`, are not finite or overflow float16, or a folder
-            that cannot be written.
+        CheckpointError: weights that do not fit `config`, are not finite or overflow float16, a file in the
+            place of the folder, or a folder that cannot be written.
     """
     folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(
+            f"{folder}: expected a folder to write the checkpoint to, found a file; name another"
+        )
     dtype = torch.float16 if half else torch.float32
     stored = {
         name: weights[name].detach().to(dtype).contiguous().clone() for name in sorted(weights)
@@ -277,11 +282,16 @@ def save_checkpoint(
     temporary = None
     try:
         temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-        temporary.chmod(0o755)
         if folder.is_dir():
-            for path in folder.iterdir():
-                if path.name not in FILES and path.is_file():
-                    shutil.copy2(path, temporary)
+            own = set(FILES)
+            shutil.copytree(
+                folder,
+                temporary,
+                symlinks=True,
+                ignore=lambda where, _: own if Path(where) == folder else set(),
+                dirs_exist_ok=True,
+            )
+        temporary.chmod(0o755)
         _write_json(temporary / CONFIG, config.to_json())
         save_file(stored, temporary / WEIGHTS, metadata={"format": "pt"})
         if deployment is not None:
@@ -294,7 +304,8 @@ def save_checkpoint(
                 {"table": table.contiguous().clone()}, temporary / TEXT, metadata={"format": "pt"}
             )
         for path in temporary.iterdir():
-            path.chmod(0o644)
+            if path.is_file() and not path.is_symlink():
+                path.chmod(0o644)
         load_checkpoint(temporary)
         _swap_in(temporary, folder)
     except (OSError, SafetensorError) as error:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import pickle
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 
 from asd_rt.config import from_mapping
 from asd_rt.errors import CheckpointError, ConfigError
+from train.formats.tensors import TORCH_ERRORS
 from train.taehv import TaehvDecoder, taehv_sizes
 from train.vae import Shapes, WanDecoder, WanEncoder, WanVae
 from train.vae_config import SPATIAL, TEMPORAL, WanVaeConfig
@@ -187,7 +187,7 @@ def _read(file: Path) -> dict[str, Tensor]:
         if file.suffix == ".safetensors":
             return load_file(file)
         found = torch.load(file, map_location="cpu", weights_only=True, mmap=False)
-    except (OSError, SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except (SafetensorError, *TORCH_ERRORS) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else "no reason given"
         code = " it may hold code, which is never run;" if "weights_only" in str(error) else ""
         raise CheckpointError(

@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,11 +15,13 @@ import onnx
 import pytest
 
 from asd_rt.config import CacheConfig
+from asd_rt.errors import BackendError
 from asd_rt.manifest import read_manifest, verify
 from asd_rt.manifest_schema import PART_NAMES
 from export import engine as engine_module
 from export import parity
 from export.build import main, make_parser
+from export.tensorrt import _set_targets
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -187,6 +190,8 @@ def test_full_disk_is_one_line(
         (("--gpu", "sm89"), "--gpu"),
         (("--checkpoint", "/nowhere"), "/nowhere"),
         (("--out", "/dev/null"), "--out /dev/null: cannot be made"),
+        (("--vae-precision", "fp16"), "--vae-precision is for --vae"),
+        (("--frames", "5"), "--frames is for --dry-run"),
     ],
 )
 def test_mistakes_are_one_line(
@@ -254,6 +259,31 @@ def test_tensorrt_absent(
     error = capsys.readouterr().err
     assert "pip install 'asd-rt[rtx]'" in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.usefixtures("no_export")
+def test_a_builder_for_the_present_card_alone(
+    student: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Plain tensorrt has no ComputeCapability: with a card it builds for that one, without it says so."""
+    plain: Any = SimpleNamespace(__name__="tensorrt", __version__="11.0")
+
+    def no_card() -> str:
+        raise BackendError("no NVIDIA driver")
+
+    monkeypatch.setattr("export.build.import_tensorrt", lambda: plain)
+    monkeypatch.setattr("asd_rt.backends.cuda.present_gpu", no_card)
+    assert build(student, tmp_path, target="tensorrt") == 1
+    error = capsys.readouterr().err
+    assert "tensorrt 11.0 builds for the present card only, and there is none" in error
+    assert "pip install tensorrt-rtx" in error and error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+    config = SimpleNamespace()
+    _set_targets(plain, "denoiser", config, ("sm90",))
+    assert not vars(config)
 
 
 def test_relative_l2_of_infinite_values_is_infinite() -> None:

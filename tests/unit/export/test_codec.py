@@ -105,6 +105,9 @@ def test_a_codec_is_added_to_an_engine(
         EngineError, match=r"parity with float32 torch failed.*--vae-precision fp32"
     ):
         measure_codec(tmp_path, new, CodecChoice(load_codec(taehv), "fp16"))
+    monkeypatch.setitem(codec_module.BUDGETS, "fp32", 1e-9)
+    with pytest.raises(EngineError, match=r"not added to asd_fp32; name another codec$"):
+        measure_codec(tmp_path, new, CodecChoice(load_codec(taehv), "fp32"))
 
 
 def test_the_real_vae_keeps_what_is_said_of_it() -> None:

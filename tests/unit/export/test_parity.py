@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 import asd_rt
 from asd_rt.backends.ort import open_engine
 from asd_rt.cli import main as asd_rt_main
+from asd_rt.errors import EngineError
 from asd_rt.frame_loop import Request
 from asd_rt.manifest import read_manifest, sha256_file, write_manifest
 from asd_rt.plan import FixedPlan
@@ -240,10 +241,26 @@ def test_an_accurate_engine_passes_without_a_word(
     engine: Path, checkpoint: Checkpoint, caplog: pytest.LogCaptureFixture
 ) -> None:
     gate = parity.measure(engine, read_manifest(engine), checkpoint, checkpoint.build_model(), 0)
-    parity.accept("asd_fp32", gate, allow_inaccurate=False)
+    parity.accept("asd_fp32", gate, False, "fp32")
     assert gate.drift is None and gate.layers == () and gate.finite
     with asd_rt.open(engine):
         assert not caplog.text
+
+
+@pytest.mark.parametrize(
+    ("precision", "is_plan", "advice"),
+    [
+        ("fp16", False, "build with --precision fp32, or look"),
+        ("fp32", False, "nothing was written; look"),
+        ("int8", True, "build with --precision fp16 or bf16, or look"),
+        ("fp16", True, "build with --precision bf16, or look"),
+    ],
+)
+def test_advice_of_the_gate_can_be_taken(precision: str, is_plan: bool, advice: str) -> None:
+    """Never the precision that failed, and never fp32 for a plan, which takes none."""
+    gate = parity.Gate({"inaccurate": ["denoiser 1.0 > 0.1"]}, None, (), 1.0, 1.0)
+    with pytest.raises(EngineError, match=f"{advice} for weights that overflow"):
+        parity.accept("asd", gate, False, precision, is_plan)
 
 
 def test_the_command_measures_several_engines(

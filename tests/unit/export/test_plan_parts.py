@@ -192,3 +192,15 @@ def test_a_plan_of_text_goes_with_its_cards_and_its_builder(
     for change in ({"gpus": ("sm86",)}, {"tools": old.tools | {old.backend: "9.9"}}):
         new = carry_over(folder / PLAN, replace(bare, **change))
         assert "text" not in new.parts and new.tokenizer is None and new.sources == {}
+
+
+def test_a_plan_of_a_codec_is_for_blocks_of_one_size(words: list[str], vae: Path) -> None:
+    folder = Path(words[-1])
+    assert main([*words, "--vae", str(vae)]) == 0
+    old = read_manifest(folder / PLAN)
+    names = old.sources["codec"]["parts"]
+    parts = {name: part for name, part in old.parts.items() if name not in names}
+    bare = replace(old, parts=parts, sources={}, codec=None)
+    assert carry_over(folder / PLAN, bare).parts["decoder"] == old.parts["decoder"]
+    new = carry_over(folder / PLAN, replace(bare, cache=replace(old.cache, block_frames=3)))
+    assert "decoder" not in new.parts and new.codec is None and "codec" not in new.sources

@@ -13,14 +13,17 @@ import onnx
 import pytest
 
 import asd_rt
-from asd_rt.errors import EngineError, PromptError
+from asd_rt.cli import main as asd_rt_main
+from asd_rt.errors import ConfigError, EngineError, PromptError
 from asd_rt.manifest import from_json, read_manifest, verify, write_manifest
 from asd_rt.text_encoder import TextEncoder
 from export import text as text_module
 from export.build import main
 from export.bundle import carry_over, replace_parts
+from export.engine import Target
 from export.parity_report import report_files
 from export.umt5 import Umt5Part
+from export.umt5_source import open_umt5
 
 ENGINE = "asd_fp32.onnx"
 
@@ -154,8 +157,6 @@ def test_engines_of_a_folder_share_the_files(copy: Path, student: Path, umt5: Pa
     plain = from_json(manifest.to_json() | {"parts": renamed, "tokenizer": None, "sources": {}})
     shutil.copy(copy / ENGINE, other)
     write_manifest(other, plain)
-    from export.umt5_source import open_umt5
-
     before = set(files(copy))
     text_module.add_text_encoder(open_umt5(umt5), None, [copy / ENGINE, other], force=False)
     assert set(files(copy)) == before
@@ -242,6 +243,30 @@ def test_mistakes_are_one_line(
     assert os.listdir(out) == []
 
 
+@pytest.mark.usefixtures("no_export")
+def test_want_of_memory_for_a_plan_is_said_before_anything_is_built(
+    student: Path,
+    umt5: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    targets = [Target("onnx", "fp32"), Target("tensorrt_rtx", "fp16", ("sm89",))]
+    monkeypatch.setattr("export.build.choose_targets", lambda *_: targets)
+    monkeypatch.setattr(text_module, "available_memory_bytes", lambda: 100)
+    assert build(student, tmp_path, "--text-encoder", umt5) == 1
+    error = capsys.readouterr().err
+    assert "billion weights takes about" in error and "--text-target onnx" in error
+    assert error.count("\n") == 1
+    assert os.listdir(tmp_path) == []
+
+    source, plans = open_umt5(umt5), [tmp_path / "asd_fp16.plan"]
+    monkeypatch.setattr(text_module, "is_added", lambda *_: True)
+    text_module.check_text_memory(source, None, plans, force=False)  # nothing to compile
+    with pytest.raises(ConfigError, match="billion weights"):
+        text_module.check_text_memory(source, None, plans, force=True)
+
+
 class TestRuntime:
     """The text part seen from asd_rt: opened late, remembered, released."""
 
@@ -294,12 +319,27 @@ class TestRuntime:
     ) -> None:
         manifest = read_manifest(with_text / ENGINE)
         monkeypatch.setattr("asd_rt.text_encoder.RELEASE_BYTES", 1000)
+        checked: list[str] = []
+        monkeypatch.setattr(
+            "asd_rt.text_encoder.check_part", lambda path, manifest, part: checked.append(part)
+        )
         encoder = TextEncoder(with_text / ENGINE, manifest, keep=keep)
         results = [encoder.encode(prompt) for prompt in ("a cat", "a dog")]
         assert (encoder._session is not None) is bool(keep)
         assert not np.array_equal(results[0], results[1])
         encoder.release()
         assert encoder.encode("the grass").shape[2] == 3
+        # Gigabytes are read to check them once, not whenever they are loaded again.
+        assert sorted(checked) == ["text", "text_weights", "tokenizer"]
+
+    def test_a_card_that_would_not_be_used_is_refused(
+        self, with_text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        out = tmp_path / "one.safetensors"
+        flags = ["--prompt", "a cat", "--out", str(out), "--device", "cuda"]
+        assert asd_rt_main(["encode", "--engine", str(with_text / ENGINE), *flags]) == 1
+        assert "which runs on the CPU; leave it out" in capsys.readouterr().err
+        assert not out.exists()
 
     def test_engine_without_text_names_both_ways_out(self, copy: Path) -> None:
         document = read_manifest(copy / ENGINE).to_json()

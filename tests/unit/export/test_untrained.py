@@ -68,7 +68,10 @@ def test_a_video_longer_than_training_is_warned_about(
 
 
 def test_dry_run_plans_without_building(
-    student: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    student: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     words = ["--checkpoint", str(student), "--out", str(tmp_path), "--target", "onnx", "--dry-run"]
     assert main([*words, "--frames", "12", "--precision", "bf16"]) == 0
@@ -78,3 +81,6 @@ def test_dry_run_plans_without_building(
     assert list(tmp_path.iterdir()) == []
     assert main([*words, "--frames", "0"]) == 1
     assert "--frames must be a whole number >= 1, found 0" in capsys.readouterr().err
+    with caplog.at_level(logging.INFO):
+        assert main([*words, "--vae", "vae", "--text-encoder", "umt5"]) == 0
+    assert "not counted: --vae, --text-encoder" in caplog.messages

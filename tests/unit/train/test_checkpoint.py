@@ -231,8 +231,30 @@ def test_saving_keeps_other_files_and_replaces_its_own(student: Path) -> None:
     assert sorted(p.name for p in student.parent.iterdir()) == ["student"]
 
 
+def test_saving_keeps_folders_and_links(student: Path) -> None:
+    (student / "logs" / "a").mkdir(parents=True)
+    (student / "logs" / "a" / "model.safetensors").write_bytes(b"another")
+    (student / "logs" / "a" / "model.safetensors").chmod(0o600)
+    (student / "link").symlink_to("logs/a")
+    save_checkpoint(student, CONFIG, load_checkpoint(student).weights)
+    kept = student / "logs" / "a" / "model.safetensors"
+    assert kept.read_bytes() == b"another" and kept.stat().st_mode & 0o777 == 0o600
+    assert (student / "link").readlink() == Path("logs/a")
+    assert sorted(p.name for p in student.parent.iterdir()) == ["student"]
+
+
+def test_saving_never_takes_the_place_of_a_file(student: Path) -> None:
+    file = student.parent / "notes"
+    file.write_text("mine")
+    with pytest.raises(CheckpointError, match=r"notes: expected a folder.*found a file") as error:
+        save_checkpoint(file, CONFIG, {})
+    one_line(error)
+    assert file.read_text() == "mine"
+
+
 def test_failed_saving_leaves_the_old_one(student: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = load_checkpoint(student).sha256
+    (student / "logs").mkdir()
 
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
@@ -240,7 +262,7 @@ def test_failed_saving_leaves_the_old_one(student: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(module, "save_file", full)
     with pytest.raises(CheckpointError, match="No space left"):
         save_checkpoint(student, CONFIG, WanModel(CONFIG).state_dict())
-    assert load_checkpoint(student).sha256 == before
+    assert load_checkpoint(student).sha256 == before and (student / "logs").is_dir()
     assert [p.name for p in student.parent.iterdir()] == ["student"]
 
 

@@ -191,6 +191,10 @@ BROKEN: dict[str, tuple[Callable[[Path], Path], str]] = {
         lambda p: _touch(p / "vae.gguf", b"GGUF\3\0\0\0" + bytes(64)),
         "not readable as weights",
     ),
+    "a damaged pickle": (
+        lambda p: _touch(p / OFFICIAL, b"\x80\x02h\x05."),
+        r"not readable as weights, perhaps cut short \(5\)",
+    ),
     "no tensors": (lambda p: write(p / OFFICIAL, {"epoch": 3}), "expected tensors by name"),
     "code": (with_code, "it may hold code, which is never run"),
     "a bare archive": (lambda p: _archive(p / OFFICIAL), "not readable as weights"),
