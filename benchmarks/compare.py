@@ -33,6 +33,7 @@ from asd_rt.plan import FixedPlan
 from asd_rt.progress import Progress
 from asd_rt.session import Session
 from benchmarks.compare_plot import save_plot
+from benchmarks.latency import count
 from benchmarks.sizes import SIZES, random_checkpoint
 from benchmarks.torch_loop import WAYS, torch_engine
 from export.build import default_checkpoint
@@ -294,11 +295,13 @@ def parser() -> argparse.ArgumentParser:
         "--checkpoint", type=Path, help="its weights (default: the shipped student)"
     )
     result.add_argument("--out", type=Path, default=Path("out"), help="folder, made if absent")
-    result.add_argument("--blocks", type=int, default=7, help="blocks of the video")
+    result.add_argument("--blocks", type=count, default=7, help="blocks of the video")
     result.add_argument("--steps", type=int, default=1)
     result.add_argument("--first-steps", type=int, default=4)
-    result.add_argument("--warmup", type=int, default=2, help="videos of each way before measuring")
-    result.add_argument("--rounds", type=int, default=30, help="measured videos of each way")
+    result.add_argument(
+        "--warmup", type=count, default=2, help="videos of each way before measuring"
+    )
+    result.add_argument("--rounds", type=count, default=30, help="measured videos of each way")
     result.add_argument(
         "--passes", action="store_true", help="single passes behind a full window, not videos"
     )

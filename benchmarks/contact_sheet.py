@@ -21,6 +21,7 @@ from asd_rt.errors import AsdError
 from asd_rt.files import check_writable, replacing
 from asd_rt.progress import Progress
 from asd_rt.session import Session
+from benchmarks.latency import count
 
 PROMPTS = (
     "a red three moving up and left",
@@ -131,7 +132,7 @@ def parser() -> argparse.ArgumentParser:
     )
     result.add_argument("--engine", type=Path, help="engine file (default: the best one here)")
     result.add_argument("--out", type=Path, default=Path("out/contact_sheet.png"))
-    result.add_argument("--frames", type=int, default=48)
+    result.add_argument("--frames", type=count, default=48)
     result.add_argument("--columns", type=int, default=9, help="frames shown of each video")
     result.add_argument("--steps", type=int, default=1)
     result.add_argument("--first-steps", type=int, default=4)

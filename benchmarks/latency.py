@@ -105,17 +105,17 @@ def parser() -> argparse.ArgumentParser:
     )
     result.add_argument("--engine", type=Path, help="engine file (default: the best one here)")
     result.add_argument("--out", type=Path, default=Path("out"), help="folder, made if absent")
-    result.add_argument("--blocks", type=_count, default=DEFAULT_BLOCKS, help="blocks of a video")
+    result.add_argument("--blocks", type=count, default=DEFAULT_BLOCKS, help="blocks of a video")
     result.add_argument("--steps", type=int, default=1)
     result.add_argument("--first-steps", type=int, default=4)
     result.add_argument(
-        "--warmup", type=_count, default=DEFAULT_WARMUP, help="videos before measuring"
+        "--warmup", type=count, default=DEFAULT_WARMUP, help="videos before measuring"
     )
-    result.add_argument("--repeats", type=_count, default=DEFAULT_REPEATS, help="videos measured")
+    result.add_argument("--repeats", type=count, default=DEFAULT_REPEATS, help="videos measured")
     return result
 
 
-def _count(text: str) -> int:
+def count(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number >= 1, found {text}")

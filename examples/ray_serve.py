@@ -83,28 +83,33 @@ def serve(args: argparse.Namespace) -> None:
     os.environ |= proxies  # of a cluster that begins here
     local = {"object_store_memory": OBJECT_STORE_BYTES}
     elsewhere = {"runtime_env": {"env_vars": proxies}}
-    ray.init(
-        args.address,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        **(elsewhere if args.address else local),
-    )
+    try:
+        ray.init(
+            args.address,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            **(elsewhere if args.address else local),
+        )
+    except (ConnectionError, ValueError) as error:
+        raise BackendError(
+            f"--address {args.address}: there is no Ray cluster ({first_line(error)}); start one with ray "
+            "start --head, or leave --address out"
+        ) from error
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     try:
         replica = replicas.Replica(
             engine,
             access,
             sessions=args.sessions,
-            threads=args.threads or max(1, usable_cores() // args.replicas),
+            threads=threads_of(args),
         )
         cpus = min(1.0, usable_cores() / args.replicas)
         try:
             replicas.start(replica, args.replicas, args.host, args.port, cpus, args.gpus)
         except RuntimeError as error:
-            first = str(error).partition("\n")[0]
             raise BackendError(
-                f"Ray could not start the replicas ({first}); Ray's logs say why: "
+                f"Ray could not start the replicas ({first_line(error)}); Ray's logs say why: "
                 "/tmp/ray/session_latest/logs/serve"
             ) from error
         print(f"http://{args.host}:{args.port}  {engine}, {args.replicas} replicas", flush=True)
@@ -112,6 +117,22 @@ def serve(args: argparse.Namespace) -> None:
     finally:
         replicas.stop()
         ray.shutdown()
+
+
+def threads_of(args: argparse.Namespace) -> int | None:
+    """CPU threads of a replica: those asked for, else its share of this machine where that is what it has.
+
+    On a card there are none to ask for, and machines of a cluster count their own cores.
+    """
+    if args.threads or args.gpus or args.address:
+        threads: int | None = args.threads
+        return threads
+    return max(1, usable_cores() // args.replicas)
+
+
+def first_line(error: Exception) -> str:
+    """What an error says in its first line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def wait_for_signal() -> None:

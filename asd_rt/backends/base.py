@@ -197,9 +197,14 @@ def runs_on_cpu(engine: Path, manifest: Manifest, device: str) -> bool:
         return False
     if device == "cpu" or not has_nvidia_driver() or manifest.runtime == "openvino":
         return True
-    from asd_rt.backends import ort_cuda
+    from asd_rt.backends import cuda, ort_cuda
 
     if ort_cuda.is_available():
+        try:
+            cuda.present_gpu()
+        except BackendError as error:
+            _log.warning("%s: runs on the CPU though there is an NVIDIA driver: %s", engine, error)
+            return True
         return False
     _log.warning(
         "%s: runs on the CPU though there is an NVIDIA driver, for this onnxruntime has no CUDA; %s",

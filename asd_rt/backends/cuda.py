@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from asd_rt.errors import BackendError
 
 INSTALL_CUDA = "pip install 'cuda-python>=13,<14'"
-ELSEWHERE = "run an .onnx engine instead, or use a machine with an NVIDIA card"
+ELSEWHERE = "run an .onnx engine on the CPU (--device cpu), or use a machine with an NVIDIA card"
 
 Binding = tuple[int, tuple[int, ...]]
 """Device address and shape of one tensor."""

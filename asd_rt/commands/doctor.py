@@ -26,6 +26,9 @@ EXAMPLES = """examples:
   asd-rt doctor --json | jq .problems
 """
 INSTALL_CPU = "pip install 'asd-rt[cpu]'"
+# Not a command: one that replaced somebody's own engine by the shipped student's would mend nothing.
+COPY = "copy it again, or build it again with the flags it was built with and --force"
+PACKAGED = "pip install --force-reinstall --no-deps asd-rt"
 _CORE_PACKAGES = ("numpy", "safetensors", "av")
 
 
@@ -52,11 +55,11 @@ def execute(args: argparse.Namespace) -> Outcome:
     for name in _CORE_PACKAGES:
         if name not in document["versions"] and _version(name) is None:
             problem(f"package {name} is missing", "pip install asd-rt")
-    document["best_engine"] = _best(problem)
+    document["best_engine"] = best = _best(problem)
     document["problems"] = problems
-    usable = document["best_engine"] is not None and bool(
-        document["onnxruntime"]["providers"] or document["gpu"]["devices"]
-    )
+    damaged = {entry["path"] for entry in document["engines"] if not entry["ok"]}
+    usable = best is not None and best not in damaged
+    usable &= bool(document["onnxruntime"]["providers"] or document["gpu"]["devices"])
     document["ok"] = usable and not problems
     return Outcome(document, _text(document), code=0 if usable else 1)
 
@@ -158,16 +161,17 @@ def _engines(problem: Any) -> list[dict[str, Any]]:
     engines = []
     for path in (*list_engines(ENGINES_DIR), *list_engines(PACKAGED_DIR)):
         entry: dict[str, Any] = {"path": str(path), "ok": True}
+        mend = PACKAGED if path.parent == PACKAGED_DIR else COPY
         try:
             manifest = read_manifest(path)
             entry |= {"backend": manifest.backend, "precision": manifest.precision}
             verify(path, manifest)
             warning = accuracy_warning(path, manifest)
             if warning:
-                problem(warning, f"{BUILD} --force")
+                problem(warning, mend)
         except AsdError as error:
             entry["ok"] = False
-            problem(str(error), f"{BUILD} --force")
+            problem(str(error), mend)
         engines.append(entry)
     return engines
 

@@ -7,7 +7,7 @@ import ipaddress
 import re
 from dataclasses import dataclass
 
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from asd_rt.errors import ConfigError
@@ -31,7 +31,13 @@ SECURITY_HEADERS = (
     (b"referrer-policy", b"no-referrer"),
     (b"cache-control", b"no-store"),
 )
+ANSWERED_FIRST = {
+    "access-control-allow-methods": "GET, POST, DELETE",
+    "access-control-allow-headers": "authorization, content-type",
+    "access-control-max-age": "600",
+}
 _TOKEN = re.compile(r"[A-Za-z0-9._~-]{16,128}")
+_ORIGIN = re.compile(r"https?://[a-z0-9.-]+(:[0-9]{1,5})?|https?://\[[0-9a-f:]+\](:[0-9]{1,5})?")
 _PORT = re.compile(r":[0-9]{1,5}$")
 
 
@@ -64,9 +70,15 @@ def access_of(host: str, token: str | None, origins: list[str]) -> Access:
     """Access to a server at `host`.
 
     Raises:
-        ConfigError: a host that others can reach and no token, or a token that is too short or of other
-            characters than a header takes.
+        ConfigError: a host that others can reach and no token, a token that is too short or of other
+            characters than a header takes, or an origin that no browser sends.
     """
+    for origin in origins:
+        if not _ORIGIN.fullmatch(origin):
+            raise ConfigError(
+                f"--allow-origin {origin}: expected a scheme, a host in lower case and perhaps a port, such "
+                "as https://example.org or http://localhost:3000"
+            )
     local = is_loopback(host)
     if token is None and not local:
         raise ConfigError(
@@ -95,13 +107,19 @@ class Guard:
         for name, value in scope["headers"]:
             headers[name.decode("latin-1").lower()] = value.decode("latin-1")
         refused = self._refusal(scope, headers)
+        origin = headers.get("origin", "")
+        send = _with_headers(send, origin if origin in self._access.origins else "")
+        # A browser asks whether another page may send a request, and sends no token with the question.
+        if _is_preflight(scope, headers) and (refused is None or refused[1] == "token"):
+            await Response(status_code=204, headers=ANSWERED_FIRST)(scope, receive, send)
+            return
         if refused is None:
-            await self._app(scope, receive, _with_headers(send))
+            await self._app(scope, receive, send)
             return
         status, reason, message = refused
         self._metrics.refused.labels(reason).inc()
         answer = JSONResponse({"error": {"code": reason, "message": message}}, status)
-        await answer(scope, receive, _with_headers(send))
+        await answer(scope, receive, send)
 
     def _refusal(self, scope: Scope, headers: dict[str, str]) -> tuple[int, str, str] | None:
         access, host = self._access, headers.get("host", "")
@@ -139,10 +157,20 @@ def _same(offered: str, token: str) -> bool:
     return hmac.compare_digest(offered.encode(errors="replace"), token.encode())
 
 
-def _with_headers(send: Send) -> Send:
+def _is_preflight(scope: Scope, headers: dict[str, str]) -> bool:
+    asked = "access-control-request-method" in headers
+    return asked and scope["type"] == "http" and scope["method"] == "OPTIONS"
+
+
+def _with_headers(send: Send, origin: str) -> Send:
+    """Adds headers to answers, also those by which a page of another `origin` may read them ("" = none)."""
+    added = list(SECURITY_HEADERS)
+    if origin:
+        added += [(b"access-control-allow-origin", origin.encode()), (b"vary", b"origin")]
+
     async def wrapped(message: Message) -> None:
         if message["type"] in ("http.response.start", "websocket.http.response.start"):
-            message["headers"] = [*message.get("headers", ()), *SECURITY_HEADERS]
+            message["headers"] = [*message.get("headers", ()), *added]
         await send(message)
 
     return wrapped

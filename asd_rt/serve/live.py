@@ -253,6 +253,6 @@ class LiveVideo:
             clip = self._save(frames, self._fps)
         except AsdError as error:
             self._recording = frames  # nothing is lost: it goes on, and can be saved later
-            self._tell({"type": "error", "code": "record", "message": str(error)})
+            self._tell({"type": "error", "code": "unsaved", "message": str(error)})
             return
         self._tell({"type": "recorded", "id": clip, "frames": count})

@@ -70,6 +70,8 @@ class Seat:
         """Take an event."""
         if event["type"] == "recorded":
             self.recorded, self.recording = event["id"], False
+        elif event.get("code") == "unsaved":
+            self.recording = True
         self.outbox.event(event)
 
 

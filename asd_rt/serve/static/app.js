@@ -18,7 +18,7 @@ if (location.hash.startsWith("#token=")) {
 
 const live = {
   socket: null, wanted: false, started: false, paused: false, hidden: false, recording: 0, saving: false,
-  failures: 0, retry: 0, upload: null, session: null, clip: "", notice: "", prompt: "", sentAt: 0, awaited: 0, hello: null,
+  recordedSince: 0, failures: 0, retry: 0, upload: null, session: null, clip: "", notice: "", prompt: "", sentAt: 0, awaited: 0, hello: null,
 };
 
 const player = new Player($("screen"), (header) => {
@@ -157,6 +157,8 @@ function obey(event) {
       return;
     }
     if (event.code === "record") { live.saving = false; stopRecordingClock(); enable(); }
+    if (event.code === "unsaved") { live.saving = false; startRecordingClock(); enable(); } // it is kept
+    if (event.code === "upload") { live.upload = null; $("start").value = ""; }
     if (!live.accepted) { // the video has not begun
       live.wanted = live.started = false;
       setState("ready", "Ready");
@@ -197,6 +199,7 @@ function goesOn(event) {
   problem("");
   mark(event.prompt);
   send({ type: "set", steps: steps(), deadline_ms: deadline(), fps: Number($("pace").value) });
+  send({ type: live.paused ? "pause" : "resume" }); // the last one may have been lost, or said to nobody
   if (event.prompt !== live.prompt) askForPrompt();
   const clip = event.recorded && event.recorded !== live.clip ? event.recorded : null;
   if (live.saving && clip) download(clip);
@@ -271,16 +274,21 @@ function record() {
     send({ type: "save" });
   } else {
     send({ type: "record" });
-    const begin = performance.now();
-    const show = () => {
-      const s = Math.floor((performance.now() - begin) / 1000);
-      $("recording").querySelector("span").textContent = `${Math.floor(s / 60)}:${String(s % 60).padStart(2, "0")}`;
-    };
-    show();
-    live.recording = setInterval(show, 250);
-    $("recording").hidden = false;
+    live.recordedSince = performance.now();
+    startRecordingClock();
   }
   enable();
+}
+
+function startRecordingClock() {
+  const show = () => {
+    const s = Math.floor((performance.now() - live.recordedSince) / 1000);
+    $("recording").querySelector("span").textContent = `${Math.floor(s / 60)}:${String(s % 60).padStart(2, "0")}`;
+  };
+  show();
+  clearInterval(live.recording);
+  live.recording = setInterval(show, 250);
+  $("recording").hidden = false;
 }
 
 function stopRecordingClock() {
@@ -429,7 +437,11 @@ addEventListener("keydown", (event) => {
 // A page that nobody sees shows no frames, so it asks for none.
 function hide() {
   if (document.hidden && live.started && !live.paused) { live.hidden = true; hold(true); }
-  else if (!document.hidden && live.hidden) { live.hidden = false; hold(false); }
+  else if (!document.hidden && live.hidden) {
+    live.hidden = false;
+    live.paused = false; // where nobody is connected it is said when somebody is
+    hold(false);
+  }
 }
 document.addEventListener("visibilitychange", hide);
 addEventListener("online", () => { if (document.body.dataset.state === "waiting") connect(); });

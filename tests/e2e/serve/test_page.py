@@ -219,6 +219,32 @@ def test_the_video_goes_on_when_the_connection_is_back(
         page.goto("about:blank")  # says goodbye
 
 
+@pytest.mark.parametrize("deaf", [True, False])
+def test_what_is_hidden_as_the_connection_breaks_plays_when_it_is_seen_again(
+    page: Any, server: Server, deaf: bool
+) -> None:
+    """A laptop that is closed and opened: what the page says on waking may go into a dead connection."""
+    hide = """hidden => { Object.defineProperty(document, "hidden", { value: hidden, configurable: true });
+        document.dispatchEvent(new Event("visibilitychange")); }"""
+    with closing(Relay(server.port)) as relay:
+        play(page, relay.url, "a blue seven")
+        until(page, BLUE)
+        page.evaluate(hide, True)
+        page.wait_for_selector("[data-state=paused]")
+        page.wait_for_timeout(200)  # for the pause to arrive
+        relay.deaf = deaf
+        if not deaf:
+            relay.cut()
+        page.evaluate(hide, False)
+        page.wait_for_timeout(100)
+        if deaf:
+            relay.cut()
+        relay.deaf = False
+        page.wait_for_selector("[data-state=live]", timeout=10_000)
+        assert page.inner_text("#pause").strip() == "Pause"
+        page.goto("about:blank")
+
+
 def test_a_locked_server_asks_for_its_token(page: Any) -> None:
     token = "a-token-of-some-length"
     with running("--sessions", "1", token=token) as locked:

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from runpy import run_path
 from typing import Any
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
@@ -196,3 +197,28 @@ def test_an_engine_that_is_not_there_is_one_line(root: Path, tmp_path: Path) -> 
     )  # fmt: skip
     assert found.returncode == 1
     assert found.stderr.startswith("error: ") and found.stderr.count("\n") == 1, found.stderr
+
+
+def test_a_cluster_that_is_not_there_is_one_line(root: Path, tmp_path: Path) -> None:
+    engine = PACKAGED_DIR / "asd_fp32.onnx"
+    found = subprocess.run(
+        [sys.executable, "examples/ray_serve.py", "--address", "auto", "--engine", engine],
+        cwd=root, capture_output=True, text=True, timeout=120, check=False,
+        env=dict(os.environ, PYTHONPATH=str(root), RAY_TMPDIR=str(tmp_path)),
+    )  # fmt: skip
+    assert found.returncode == 1
+    assert "there is no Ray cluster" in found.stderr and found.stderr.count("\n") == 1, found.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "threads"),
+    [
+        (["--gpus", "1"], None),  # an engine on a card takes none
+        (["--address", "auto"], None),  # each machine of a cluster counts its own
+        (["--address", "auto", "--threads", "3"], 3),
+        (["--replicas", "1000"], 1),
+    ],
+)
+def test_threads_of_a_replica(root: Path, flags: list[str], threads: int | None) -> None:
+    example = run_path(str(root / "examples" / "ray_serve.py"))
+    assert example["threads_of"](example["make_parser"]().parse_args(flags)) == threads

@@ -319,7 +319,11 @@ def test_doctor(asd, own_toy, tmp_path, monkeypatch) -> None:
     assert code == 0 and "engines/toy_fp32.onnx: onnx fp32, ok" in out
     (tmp_path / "engines/toy_fp32.time.onnx").unlink()
     code, out, _ = asd("doctor")
+    assert code == 1, "the only engine is damaged"
     assert "problem: engines/toy_fp32.time.onnx" in out
+    mends = [line for line in out.splitlines() if line.startswith("   mend: ")]
+    assert mends[0].startswith("   mend: copy it again, or build it again with the flags it was")
+    assert not any("export.build" in line for line in mends), "that would replace it by another"
 
 
 def test_replacing_is_whole_or_nothing(tmp_path) -> None:

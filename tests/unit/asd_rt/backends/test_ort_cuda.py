@@ -14,7 +14,7 @@ import pytest
 
 import asd_rt
 from asd_rt.backends import ort_cuda
-from asd_rt.backends.base import open_backend
+from asd_rt.backends.base import open_backend, runs_on_cpu
 from asd_rt.backends.cuda import Cuda
 from asd_rt.backends.ort import open_engine as open_ort
 from asd_rt.backends.ort_cuda import CUDA_PROVIDER, OrtCudaEngine, open_engine
@@ -150,3 +150,20 @@ def test_a_driver_without_cuda_in_onnxruntime_is_told(
     monkeypatch.setattr(ort_cuda, "is_available", lambda: False)
     open_backend(toy.path).close()
     assert "runs on the CPU though there is an NVIDIA driver" in caplog.text
+
+
+def test_a_driver_without_a_card_is_told_and_the_cpu_is_taken(
+    toy: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As where CUDA_VISIBLE_DEVICES is empty, or a container was not given the card."""
+
+    def none() -> str:
+        raise BackendError("no usable NVIDIA card (cudaErrorNoDevice, 0 cards)")
+
+    monkeypatch.setattr("asd_rt.backends.base.has_nvidia_driver", lambda: True)
+    monkeypatch.setattr(ort_cuda, "is_available", lambda: True)
+    monkeypatch.setattr("asd_rt.backends.cuda.present_gpu", none)
+    open_backend(toy.path).close()
+    assert "runs on the CPU though there is an NVIDIA driver: no usable" in caplog.text
+    assert runs_on_cpu(toy.path, toy.manifest, "auto")
+    assert not runs_on_cpu(toy.path, toy.manifest, "cuda"), "asked for by name: that or an error"

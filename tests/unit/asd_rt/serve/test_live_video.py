@@ -98,6 +98,7 @@ def test_a_recording_that_cannot_be_saved_yet_is_kept(toy: Any) -> None:
         watched.video.save()
         watched.play(1)
         assert watched.told[-1]["message"].startswith("too many recordings")
+        assert watched.told[-1]["code"] == "unsaved"
         full[0] = False
         watched.video.save()
         watched.play(1)
