@@ -8,12 +8,14 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from asd_rt.config import CacheConfig, ModelConfig, from_mapping
 from asd_rt.errors import ConfigError
 from train.ranges import check_ranges
 from train.real_config import DataConfig, ParallelConfig, WeightsConfig
+
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -255,13 +257,18 @@ def load_config(path: Path, changes: Sequence[str] = ()) -> TrainConfig:
         if not isinstance(values[name], dict):
             raise ConfigError(f"{path}: [{name}] must be a table, found {values[name]!r}")
         _check_types(section, values[name], f"{path} [{name}]")
-        values[name] = from_mapping(section, values[name], f"{path} [{name}]")
+        values[name] = _made(section, values[name], path, f"{path} [{name}]")
     _check_types(TrainConfig, values, str(path))
+    return _made(TrainConfig, values, path, str(path))
+
+
+def _made(kind: type[Made], values: dict[str, Any], path: Path, where: str) -> Made:
+    """A part of a configuration; errors name its file."""
     try:
-        return from_mapping(TrainConfig, values, str(path))
+        return from_mapping(kind, values, where)
     except ConfigError as error:
-        where = "" if str(error).startswith(str(path)) else f"{path}: "
-        raise ConfigError(f"{where}{error}") from error
+        told = "" if str(error).startswith(str(path)) else f"{path}: "
+        raise ConfigError(f"{told}{error}") from error
 
 
 def _set(values: dict[str, Any], change: str) -> None:

@@ -262,10 +262,8 @@ class ClipStore:
             mp4, error = b"", f"unexpected {type(failure).__name__}"
         most = self._limits.clip_bytes
         if len(mp4) > most:
-            mp4, error = (
-                b"",
-                f"takes {len(mp4)} bytes, this server keeps {most}; ask for fewer frames",
-            )
+            error = f"takes {len(mp4)} bytes, this server keeps {most}; ask for fewer frames"
+            mp4 = b""
         with self._lock:
             self._encoding -= 1
             if clip.status != "cancelled":

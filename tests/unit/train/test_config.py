@@ -105,6 +105,7 @@ def test_changes_that_cannot_be(change: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message) as error:
         load_config(WAN, [change])
     assert "\n" not in str(error.value)
+    assert str(error.value).startswith((str(WAN), "--set")), "it names its source"
 
 
 @pytest.mark.parametrize(
